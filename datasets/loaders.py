@@ -1,0 +1,129 @@
+"""Config -> DataLoader: which process sees which video when, and how samples become batches."""
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datasets.annotations import read_annotations, read_class_names
+from datasets.readers import FrameFolderReader
+from datasets.sampling import protocol_of
+from datasets.transforms import EvalTransform, TrainTransform, flip_pairs
+from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
+from utils.errors import DataError
+from utils.seeding import epoch_rng
+
+
+def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Batches of `data.batch_size` videos in this process's share of an order that changes with the epoch.
+
+    A batch is {"clips": uint8 (B, T, 3, H, W), "labels": int64 (B,), "indices": int64 (batch_size,)} with
+    B = batch_size * num_sample, repeats of a video side by side (a a b b). Call `loader.sampler.set_epoch(epoch)`
+    before each epoch. `len(loader)` is a multiple of `solver.grad_accumulation_steps`: what is left of the order is
+    not used in that epoch. Raises DataError when the videos do not fill one step.
+    """
+    data = config.data
+    common = _common_parts(config, data.train_root, data.train_list)
+    labels = flip_pairs(common["protocol"], data.num_classes, common["class_names"])
+    dataset = TrainVideoDataset(
+        **common,
+        transform=TrainTransform(common["protocol"], data.input_size, labels),
+        dense=data.dense,
+        seed=config.seed,
+        random_shift=data.random_shift,
+        num_sample=data.num_sample,
+    )
+    accumulation = config.solver.grad_accumulation_steps
+    steps = len(dataset) // (data.batch_size * world_size * accumulation)
+    if steps == 0:
+        raise DataError(
+            f"{data.train_list}: {len(dataset)} videos do not fill one step of data.batch_size {data.batch_size} x "
+            f"{world_size} processes x solver.grad_accumulation_steps {accumulation}; lower data.batch_size"
+        )
+    sampler = EpochSampler(len(dataset), steps * accumulation * data.batch_size, config.seed, rank, world_size)
+    return _loader(config, dataset, sampler, data.batch_size)
+
+
+def build_eval_loader(
+    config: Any, rank: int = 0, world_size: int = 1, clips: int = 1, crops: int = 1, dense: bool | None = None
+) -> DataLoader:
+    """Every video of `data.val_list` once over all processes, in list order, with V = crops x clips views.
+
+    A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64 (videos,), "indices": int64 (videos,)}, the
+    views of a video side by side. Batches hold as many whole videos as fit `test.view_batch` views, at least one.
+    `dense=None` takes `data.dense`.
+    """
+    data = config.data
+    common = _common_parts(config, data.val_root, data.val_list)
+    dataset = EvalVideoDataset(
+        **common,
+        transform=EvalTransform(common["protocol"], data.input_size, crops),
+        dense=data.dense if dense is None else dense,
+        num_clips=clips,
+    )
+    videos = max(1, view_batch(config) // (clips * crops))
+    return _loader(config, dataset, range(rank, len(dataset), world_size), videos)
+
+
+def view_batch(config: Any) -> int:
+    """How many views go through the model at once in evaluation."""
+    return config.test.view_batch or config.data.batch_size
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) keys: this process's share of a permutation that (seed, epoch) alone determine.
+
+    The epoch travels with the index, so that workers which outlive an epoch need not be told.
+    """
+
+    def __init__(self, num_videos: int, share: int, seed: int, rank: int, world_size: int):
+        self.num_videos = num_videos
+        self.share = share
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.share
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = epoch_rng(self.seed, self.epoch).permutation(self.num_videos)
+        for index in order[self.rank :: self.world_size][: self.share].tolist():
+            yield self.epoch, index
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Fold repeats and views into the batch axis."""
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _common_parts(config: Any, root: str, list_path: str) -> dict[str, Any]:
+    data = config.data
+    return {
+        "records": read_annotations(list_path, data.num_classes),
+        "class_names": read_class_names(data.label_list, data.num_classes) if data.label_list else None,
+        "reader": FrameFolderReader(root, data.image_tmpl),
+        "protocol": protocol_of(data.dataset),
+        "num_segments": data.num_segments,
+    }
+
+
+def _loader(config: Any, dataset: VideoDataset, sampler: Sized, batch_size: int) -> DataLoader:
+    workers = config.data.workers
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=config.data.prefetch if workers > 0 else None,
+        # The loader draws a seed for its workers, which nothing uses: not from the generator that dropout draws from.
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,167 @@
+"""From decoded frames to the pixels of a clip: docs/protocol.md section 5.
+
+Frames are PIL RGB images of one video, clips uint8 tensors (T, 3, S, S) with S = `input_size`. What is drawn at random
+holds for all frames of a clip. Normalisation happens later, on the device.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL.Image import Image, Resampling
+
+from utils.errors import ConfigError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Direction classes among the 174 of Something-Something in alphabetical order.
+SOMETHING_FLIP_PAIRS = ((86, 87), (93, 94), (166, 167))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Resize, random-resized crop, flip; a flip changes the label by `flip_labels` (see `flip_pairs`)."""
+
+    protocol: str
+    input_size: int
+    flip_labels: Mapping[int, int]
+
+    def __call__(self, frames: Sequence[Image], label: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
+        """(uint8 (T, 3, S, S), label)."""
+        size = resize_size(*frames[0].size, self.protocol, self.input_size)
+        frames = [frame.resize(size, Resampling.BICUBIC) for frame in frames]
+        crop = draw_crop(*size, self.input_size, rng)
+        clip = to_clip([crop(frame) for frame in frames])
+        if rng.random() < 0.5:
+            clip, label = clip.flip(-1), self.flip_labels.get(label, label)
+        return clip, label
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize, then 1, 3, 5 or 10 crops at fixed places; equal, bit for bit, to Pillow's on every frame alone."""
+
+    protocol: str
+    input_size: int
+    num_crops: int = 1
+
+    def __call__(self, frames: Sequence[Image]) -> torch.Tensor:
+        """uint8 (crops, T, 3, S, S)."""
+        size = resize_size(*frames[0].size, self.protocol, self.input_size)
+        clip = to_clip([frame.resize(size, Resampling.BICUBIC) for frame in frames])
+        crops = torch.stack(
+            [
+                clip[..., y : y + self.input_size, x : x + self.input_size]
+                for x, y in crop_corners(*size, self.input_size, self.num_crops)
+            ]
+        )
+        return torch.cat([crops, crops.flip(-1)]) if self.num_crops == 10 else crops
+
+
+def resize_size(width: int, height: int, protocol: str, input_size: int) -> tuple[int, int]:
+    """(width, height) a frame is resized to before it is cropped."""
+    if protocol == "something":
+        base = input_size if input_size > 256 else 224
+        return 320 * base // 224, 256 * base // 224
+    return _shorter_side_to(256 if input_size == 224 else input_size, width, height)
+
+
+def _shorter_side_to(target: int, width: int, height: int) -> tuple[int, int]:
+    if width < height:
+        return target, int(target * height / width)
+    return int(target * width / height), target
+
+
+def draw_crop(width: int, height: int, size: int, rng: np.random.Generator) -> Callable[[Image], Image]:
+    """A random-resized crop of frames of `width` x `height` to `size` x `size`.
+
+    Without a box that fits, the shorter side is resized to `size` and a square cropped at random.
+    """
+    if (box := draw_box(width, height, rng)) is not None:
+        return lambda frame: frame.crop(box).resize((size, size), Resampling.BILINEAR)
+    scaled = _shorter_side_to(size, width, height)
+    square = _random_place(*scaled, size, size, rng)
+    return lambda frame: frame.resize(scaled, Resampling.BILINEAR).crop(square)
+
+
+def draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
+    """(left, upper, right, lower) with 0.08 to 1 of the area and an aspect of 3/4 to 4/3; None after ten misfits."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1.0)
+        aspect = rng.uniform(3 / 4, 4 / 3)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if rng.random() < 0.5:
+            w, h = h, w
+        if w <= width and h <= height:
+            return _random_place(width, height, w, h, rng)
+    return None
+
+
+def _random_place(width: int, height: int, w: int, h: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    x, y = (int(rng.integers(room, endpoint=True)) for room in (width - w, height - h))
+    return x, y, x + w, y + h
+
+
+def crop_corners(width: int, height: int, size: int, num_crops: int) -> list[tuple[int, int]]:
+    """Upper left corners (x, y) of the test crops; ten crops are the five and their mirror images."""
+    w, h = (width - size) // 4, (height - size) // 4
+    centre = (2 * w, 2 * h)
+    match num_crops:
+        case 1:
+            return [(round((width - size) / 2), round((height - size) / 2))]
+        case 3:
+            return [(0, 2 * h), (4 * w, 2 * h), centre]
+        case 5 | 10:
+            return [(0, 0), (4 * w, 0), (0, 4 * h), (4 * w, 4 * h), centre]
+    raise ValueError(f"num_crops must be 1, 3, 5 or 10, got {num_crops}")
+
+
+def to_clip(frames: Sequence[Image]) -> torch.Tensor:
+    """PIL RGB frames of one size -> uint8 (T, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2)))
+
+
+def flip_pairs(protocol: str, num_classes: int, class_names: Sequence[str] | None) -> dict[int, int]:
+    """Label -> label of the mirrored action, for the classes where a mirror changes it.
+
+    Names decide when they are given: "left" and "right" swapped must make another name. Without names, the known pairs
+    of `something` with 174 classes; ConfigError for `something` with other classes.
+    """
+    if class_names is not None:
+        labels = {name: label for label, name in enumerate(class_names)}
+        mirrored = [labels.get(_mirror_words(name)) for name in class_names]
+        return {label: other for label, other in enumerate(mirrored) if other not in (None, label)}
+    if protocol != "something":
+        return {}
+    if num_classes != 174:
+        raise ConfigError(
+            f"data.label_list: give it (csv id,name), a flip must swap the labels of left and right, and without names "
+            f"they are only known for 174 classes, not for {num_classes}"
+        )
+    return dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
+
+
+def _mirror_words(name: str) -> str:
+    def swap(match: re.Match) -> str:
+        word = match.group()
+        other = "right" if word.lower() == "left" else "left"
+        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+    return re.sub(r"(?<![^\W_])(left|right)(?![^\W_])", swap, name, flags=re.IGNORECASE)
+
+
+def normalize_clips(
+    clips: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> torch.Tensor:
+    """uint8 (B, T, 3, H, W) -> float32 of the same shape on the same device: (x / 255 - mean) / std per channel."""
+    return clips.float().div_(255).sub_(_per_channel(mean, clips.device)).div_(_per_channel(std, clips.device))
+
+
+@functools.cache  # moving the constants to a GPU anew would make it synchronise in every step
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

@@ -1,0 +1,95 @@
+"""Published weight files -> the frozen tower, strictly (docs/protocol.md section 1)."""
+
+import logging
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor
+
+from modules.backbones import Architecture, FrozenTower
+from utils.errors import CheckpointError, ConfigError
+
+PRETRAINED_DIR = Path("clip_pretrain")
+CUT_OFF = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")  # what FrozenTower prunes: nothing reads it
+
+log = logging.getLogger(__name__)
+
+
+def load_tower_weights(tower: FrozenTower, architecture: Architecture, arch: str, weights: str | None = None) -> None:
+    """Fill the tower from `weights`, or from the architecture's own file in clip_pretrain/, and log one line.
+
+    The file is a plain state dict in half or single precision, with OpenAI's or timm's names; every tensor of the tower
+    must be in it, and nothing that the tower does not know but its final norm, its projection and the text tower.
+
+    Raises:
+        ConfigError: no file is there, or the architecture has none of its own.
+        CheckpointError: the file cannot be read, or tensors are missing, unknown or of another shape.
+    """
+    path = find_weight_file(architecture, arch, weights)
+    published = read_state_dict(path)
+    converted = checkpoint_filter_fn(published, tower.vit)
+    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith(CUT_OFF)}
+    load_strictly(tower.vit, tensors, f"{path} (network.arch {arch})")
+    tower.weight_file = path.name
+    unused = len(published) - len(tensors)
+    log.info("tower: %d tensors from %s; %d others not needed (final norm, projection, text)", len(tensors), path, unused)
+
+
+def find_weight_file(architecture: Architecture, arch: str, weights: str | None) -> Path:
+    """The file that `network.weights` or the architecture names; an error says which, whose and where."""
+    if weights is not None:
+        path, what = Path(weights), f"network.weights: {weights} does not exist"
+    elif architecture.weight_file is None:
+        raise ConfigError(
+            f"network.init: {arch} has no weight file of its own; name one with network.weights, "
+            "or set network.init: False for a random tower"
+        )
+    else:
+        path = PRETRAINED_DIR / architecture.weight_file
+        what = (
+            f"network.init: {path} is not there; {arch} needs the file {architecture.weight_file} published by "
+            f"{architecture.publisher}, in the folder {PRETRAINED_DIR}/ (or name another with network.weights, "
+            "or set network.init: False for a random tower)"
+        )
+    if not path.is_file():
+        raise ConfigError(what)
+    return path
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, by name. No code of the file is run.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a plain state dict of torch.save: {str(error).splitlines()[0]}") from error
+    for nest in ("module", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(nest), dict):
+            content = content[nest]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds no dictionary of tensors")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """`load_state_dict` whose error is one line that lists what is missing, unknown or of another shape."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    unknown = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    complaints = [
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if complaints:
+        raise CheckpointError(f"{source}: tensors do not fit; {'; '.join(complaints)}")
+    module.load_state_dict(tensors)

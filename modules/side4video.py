@@ -1,0 +1,95 @@
+"""Side4Video: a frozen tower, the side network beside it, and a linear head."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from dotmap import DotMap
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from modules.backbones import FrozenTower, find_architecture
+from modules.pretrained import load_tower_weights
+from modules.side_network import SideNetwork
+from utils.errors import ConfigError
+
+
+class SideClassifier(nn.Module):
+    """All that is trained: the side network, dropout and the linear head."""
+
+    def __init__(self, side: SideNetwork, num_classes: int, drop_fc: float = 0.0):
+        super().__init__()
+        self.side = side
+        self.dropout = nn.Dropout(drop_fc)
+        self.head = nn.Linear(side.pos.shape[1], num_classes)
+
+    def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
+        """(B, T, 3, H, W) and (B, T, 1 + N, D) a layer -> logits (B, K)."""
+        return self.head(self.dropout(self.side(clips, layer_tokens)))
+
+
+class Side4Video(nn.Module):
+    """Maps normalised clips, float32 (B, T, 3, H, W), to logits (B, K). No gradient reaches `backbone`."""
+
+    def __init__(self, backbone: FrozenTower, trained: SideClassifier):
+        super().__init__()
+        self.backbone = backbone
+        self.trained = trained
+        self._replicas: list[DistributedDataParallel] = []  # a list, so that state_dict() does not see the wrapper
+
+    def forward(self, clips: Tensor) -> Tensor:
+        trained = self._replicas[0] if self._replicas and self.training else self.trained
+        return trained(clips, self.backbone.layer_tokens(clips))
+
+    def parallelize(self) -> None:
+        """Average the gradients of the trained part over the processes of the default group; the tower stays outside.
+
+        BatchNorm's running statistics are not sent in every step: training never reads them. `broadcast_buffers`
+        makes them those of process 0 before they are used.
+        """
+        device = next(self.trained.parameters()).device
+        device_ids = [device.index] if device.type == "cuda" else None
+        self._replicas = [DistributedDataParallel(self.trained, device_ids=device_ids, broadcast_buffers=False)]
+
+    def broadcast_buffers(self) -> None:
+        """Give every process the running statistics of process 0."""
+        if self._replicas:
+            for buffer in self.trained.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def no_sync(self) -> AbstractContextManager:
+        """Forward and backward inside add to the local gradients only (all but the last step of an accumulation)."""
+        return self._replicas[0].no_sync() if self._replicas else nullcontext()
+
+
+def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
+    """Build the model of a configuration on the CPU, in float32.
+
+    Random parts are drawn from torch's global generator.
+
+    Args:
+        config: sections `network` and `data` are read.
+        load_tower: False leaves the tower random even with `network.init: True`; for callers that load a checkpoint
+            which holds the tower.
+
+    Raises:
+        ConfigError: unknown architecture, impossible sizes, or the weight file is absent.
+        CheckpointError: the weight file does not fit the architecture.
+    """
+    network, data = config.network, config.data
+    architecture = find_architecture(network.arch)
+    tower = FrozenTower(architecture.timm_name, data.input_size, network.backbone_kwargs)
+    if network.init and load_tower:
+        load_tower_weights(tower, architecture, network.arch, network.weights)
+    try:
+        side = SideNetwork(
+            backbone_width=tower.width,
+            side_width=network.side_dim,
+            num_layers=tower.num_blocks,
+            patch_size=tower.patch_size,
+            num_patches=tower.num_patches,
+            norm_placement="pre",
+        )
+    except ValueError as error:
+        raise ConfigError(f"network.side_dim: {error}") from error
+    return Side4Video(tower, SideClassifier(side, data.num_classes, network.drop_fc))

@@ -1,0 +1,251 @@
+"""The spatial-temporal side network: what Side4Video trains (paper section 3.2, docs/protocol.md section 2).
+
+It runs beside a frozen image tower. Each side block takes the tokens that one block of the tower gives for every frame,
+mixes them into its own narrow stream and looks over time, inside the frame, and at each token:
+
+    stem -> [ fuse tower tokens -> temporal convolution -> spatial attention -> feed-forward ] x layers -> mean
+
+The variants `pre` and `post` of the protocol differ in where the norms stand, which is an argument here.
+
+Shapes, one letter one meaning in the whole project:
+    B clips   T frames of a clip   P patch size   N patches of a frame, row-major
+    D width of the tower   S width of the side network   K classes
+All streams are channels-last, (B, T, N, S) contiguous: pointwise convolutions are matrix products, BatchNorm sees rows,
+and nothing is ever transposed. tests/textbook.py holds the plain nn.Conv3d form that this one must equal.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HEAD_WIDTH = 64
+NormPlacement = Literal["pre", "post"]
+
+
+class TubeletStem(nn.Conv3d):
+    """Conv3d(3 -> S, kernel (3, P, P), stride (1, P, P), padding (1, 0, 0)) on clips, giving tokens.
+
+    One product of every patch with the three temporal slices of the kernel, then a sum over neighbouring frames: no
+    patch is copied three times.
+    """
+
+    def __init__(self, side_width: int, patch_size: int):
+        super().__init__(3, side_width, (3, patch_size, patch_size), (1, patch_size, patch_size), (1, 0, 0))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """(B, T, 3, H, W) -> (B, T, N, S)."""
+        B, T, C, H, W = clips.shape
+        P, S = self.kernel_size[-1], self.out_channels
+        patches = clips.view(B, T, C, H // P, P, W // P, P).permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T, -1, C * P * P)
+        weight = self.weight.permute(2, 0, 1, 3, 4).reshape(3 * S, C * P * P)
+        before, now, after = F.linear(patches, weight).split(S, dim=-1)
+        x = now + self.bias.to(now.dtype)
+        x[:, 1:] += before[:, :-1]
+        x[:, :-1] += after[:, 1:]
+        return x
+
+
+class PointwiseConv(nn.Conv3d):
+    """Conv3d 1x1x1 on channels-last tokens: a matrix product. The weight keeps Conv3d's shape (S, S, 1, 1, 1)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., S) -> (..., S)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class _ThreeTaps(torch.autograd.Function):
+    """y_t = w_0 x_{t-1} + w_1 x_t + w_2 x_{t+1} + b per channel, zeros beyond the ends.
+
+    Written out because the library's depthwise Conv3d takes ten times as long on a CPU (benchmarks/README.md). Weights
+    are cast to the type of x by hand, since autocast reaches only the forward pass; their gradients are summed and
+    returned in the weights' own type.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        w0, w1, w2 = weight.to(x.dtype).unbind(0)
+        y = torch.addcmul(bias.to(x.dtype), x, w1)
+        y[:, 1:].addcmul_(x[:, :-1], w0)
+        y[:, :-1].addcmul_(x[:, 1:], w2)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        w0, w1, w2 = weight.to(grad.dtype).unbind(0)
+        grad_x = grad * w1
+        grad_x[:, :-1].addcmul_(grad[:, 1:], w0)
+        grad_x[:, 1:].addcmul_(grad[:, :-1], w2)
+        products = (grad[:, 1:] * x[:, :-1], grad * x, grad[:, :-1] * x[:, 1:])
+        grad_weight = torch.stack([p.flatten(0, 2).sum(0, dtype=weight.dtype) for p in products])
+        return grad_x, grad_weight, grad.flatten(0, 2).sum(0, dtype=weight.dtype)
+
+
+class TemporalConv(nn.Conv3d):
+    """Depthwise Conv3d (3, 1, 1), padding (1, 0, 0), on channels-last tokens without changing their layout."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, (3, 1, 1), padding=(1, 0, 0), groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, N, S) -> (B, T, N, S)."""
+        return _ThreeTaps.apply(x, self.weight.view(-1, 3).t().contiguous(), self.bias)
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over B, T and space, that is over rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, N, S) -> (B, T, N, S)."""
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def shift_class_token(class_tokens: Tensor) -> Tensor:
+    """(B, T, S) -> (B, T, S): at frame t the first S // 2 channels of frame t + 1, the others of t - 1, zeros beyond."""
+    half = class_tokens.shape[-1] // 2
+    shifted = torch.zeros_like(class_tokens)
+    shifted[:, :-1, :half] = class_tokens[:, 1:, :half]
+    shifted[:, 1:, half:] = class_tokens[:, :-1, half:]
+    return shifted
+
+
+class FrameAttention(nn.Module):
+    """Attention inside each frame: the N patch tokens ask, they and the shifted class token in front of them answer."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_heads = width // HEAD_WIDTH
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, 1 + N, S), class token first -> (B, T, N, S)."""
+        B, T, M, S = tokens.shape
+        qkv = self.qkv(tokens).view(B * T, M, 3, self.num_heads, HEAD_WIDTH)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
+        return self.proj(x.transpose(1, 2).reshape(B, T, M - 1, S))
+
+
+class Mlp(nn.Module):
+    """Linear S -> 4S, exact GELU, Linear 4S -> S."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def _with_norm(placement: NormPlacement, norm: nn.Module, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return branch(norm(x)) if placement == "pre" else norm(branch(x))
+
+
+class LayerProjection(nn.Module):
+    """Tower tokens of one block to the side width: `pre` normalises before the Linear (over D), `post` after it (over S)."""
+
+    def __init__(self, backbone_width: int, side_width: int, norm_placement: NormPlacement):
+        super().__init__()
+        self.norm_placement = norm_placement
+        self.norm = nn.LayerNorm(backbone_width if norm_placement == "pre" else side_width)
+        self.linear = nn.Linear(backbone_width, side_width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, 1 + N, D) -> (B, T, 1 + N, S)."""
+        return _with_norm(self.norm_placement, self.norm, self.linear, tokens)
+
+
+class SideBlock(nn.Module):
+    """One side layer: temporal convolution, attention inside the frame, feed-forward, each with a residual."""
+
+    def __init__(self, width: int, norm_placement: NormPlacement):
+        super().__init__()
+        self.norm_placement = norm_placement
+        self.bn_1 = TokenBatchNorm(width)
+        self.conv = nn.Sequential(PointwiseConv(width), TemporalConv(width), PointwiseConv(width))
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = FrameAttention(width)
+        self.bn_2 = TokenBatchNorm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor, class_tokens: Tensor, pos: Tensor) -> Tensor:
+        """(B, T, N, S), class tokens (B, T, S), positions (N, S) -> (B, T, N, S)."""
+        x = x + _with_norm(self.norm_placement, self.bn_1, self.conv, x)
+        tokens = torch.cat([shift_class_token(class_tokens).unsqueeze(2), x + pos.to(x.dtype)], dim=2)
+        x = x + _with_norm(self.norm_placement, self.ln_1, self.attn, tokens)
+        return x + _with_norm(self.norm_placement, self.bn_2, self.mlp, x)
+
+
+class SideNetwork(nn.Module):
+    """The whole side network, from pixels and tower tokens to one feature per clip.
+
+    Args:
+        backbone_width: D, width of the tower's tokens.
+        side_width: S, a multiple of 64: attention has S // 64 heads.
+        num_layers: side blocks, one for each tower block whose tokens are given.
+        patch_size: P, the tower's patch size, used by the stem.
+        num_patches: N, patches of a frame.
+        norm_placement: "pre" for OpenAI's CLIP towers, "post" for EVA's (docs/protocol.md section 2).
+
+    Raises:
+        ValueError: `side_width` is no multiple of 64.
+    """
+
+    def __init__(
+        self,
+        backbone_width: int,
+        side_width: int,
+        num_layers: int,
+        patch_size: int,
+        num_patches: int,
+        norm_placement: NormPlacement = "pre",
+    ):
+        super().__init__()
+        if side_width < HEAD_WIDTH or side_width % HEAD_WIDTH:
+            raise ValueError(f"side width {side_width} is no multiple of {HEAD_WIDTH}, the width of an attention head")
+        self.stem = TubeletStem(side_width, patch_size)
+        self.stem_bn = TokenBatchNorm(side_width)
+        self.pos = nn.Parameter(torch.empty(num_patches, side_width))
+        self.projections = nn.ModuleList(
+            LayerProjection(backbone_width, side_width, norm_placement) for _ in range(num_layers)
+        )
+        self.blocks = nn.ModuleList(SideBlock(side_width, norm_placement) for _ in range(num_layers))
+        self.post_bn = TokenBatchNorm(side_width) if norm_placement == "pre" else nn.Identity()
+        if norm_placement == "pre":
+            self._init_pre(side_width)
+        else:
+            nn.init.normal_(self.pos, std=0.02)
+
+    def _init_pre(self, side_width: int) -> None:
+        """Effective initialisation of the released code; what is not named keeps PyTorch's. 24 stands for no depth."""
+        nn.init.normal_(self.pos, std=0.01)
+        narrow = side_width**-0.5 * 24**-0.5
+        for block in self.blocks:
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * side_width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=narrow)
+            nn.init.normal_(block.attn.qkv.weight, std=side_width**-0.5)
+            nn.init.normal_(block.attn.proj.weight, std=narrow)
+            nn.init.zeros_(block.attn.qkv.bias)
+            nn.init.zeros_(block.attn.proj.bias)
+
+    def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
+        """Clips (B, T, 3, H, W), normalised, and tower tokens (B, T, 1 + N, D) a layer -> features (B, S).
+
+        `layer_tokens` is read one layer at a time, so a generator keeps no more than one layer's tokens alive unless
+        the backward pass needs them.
+        """
+        x = self.stem_bn(self.stem(clips))
+        for projection, block, tokens in zip(self.projections, self.blocks, layer_tokens, strict=True):
+            z = projection(tokens)
+            x = 0.5 * (x + z[:, :, 1:])
+            x = block(x, z[:, :, 0], self.pos)
+        return self.post_bn(x).mean(dim=(1, 2))

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Test a checkpoint on every visible GPU, or in one CPU process; see launch.sh and environment.sh.
+set -eu
+usage() {
+    echo "usage: sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]" \
+        "[--save_scores FILE] [--precision P] [key=value ...]" >&2
+    exit 2
+}
+case ${1:-} in '' | -*) usage ;; esac
+case ${2:-} in '' | -*) usage ;; esac
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+. scripts/environment.sh
+. scripts/launch.sh
+
+config=$1 checkpoint=$2
+shift 2
+use_environment
+check_config test "$config" "$@"
+launch test.py --config "$config" --weights "$checkpoint" "$@"

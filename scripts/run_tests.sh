@@ -1,0 +1,10 @@
+#!/bin/sh
+# Linter, formatter and tests; arguments go to pytest.
+set -eu
+CDPATH='' cd -- "$(dirname -- "$0")/.."
+. scripts/environment.sh
+
+make_environment requirements.txt requirements-dev.txt
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pytest -q "$@"

@@ -1,0 +1,199 @@
+import pytest
+import timm
+import torch
+from dotmap import DotMap
+
+from modules import build_model
+from modules.backbones import ARCHITECTURES, FrozenTower, find_architecture
+from modules.pretrained import load_tower_weights
+from utils.checkpoint import hash_tensors
+from utils.errors import CheckpointError, ConfigError
+
+TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def tiny_tower(arch="ViT-B/16", **kwargs):
+    torch.manual_seed(0)
+    return FrozenTower(find_architecture(arch).timm_name, 32, {**TINY, **kwargs})
+
+
+def tiny_config(arch="ViT-B/16", init=False, weights=None, **kwargs):
+    network = {"arch": arch, "init": init, "weights": weights, "side_dim": 64, "drop_fc": 0.0}
+    network["backbone_kwargs"] = {**TINY, **kwargs}
+    return DotMap({"network": network, "data": {"input_size": 32, "num_classes": 5}}, _dynamic=False)
+
+
+def published_form(tower, dtype=torch.float32):
+    """The tower's tensors as OpenAI names them, with final norm, projection and a text tower around them."""
+    swaps = [
+        ("patch_embed.proj", "conv1"),
+        ("norm_pre", "ln_pre"),
+        ("attn.qkv.", "attn.in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("norm1", "ln_1"),
+        ("norm2", "ln_2"),
+        ("blocks.", "transformer.resblocks."),
+        ("pos_embed", "positional_embedding"),
+        ("cls_token", "class_embedding"),
+    ]
+    state = {}
+    for name, tensor in tower.vit.state_dict().items():
+        for ours, theirs in swaps:
+            name = name.replace(ours, theirs)
+        tensor = tensor.squeeze() if name in ("class_embedding", "positional_embedding") else tensor
+        state[f"visual.{name}"] = tensor.to(dtype)
+    width = tower.width
+    state |= {"visual.ln_post.weight": torch.ones(width), "visual.ln_post.bias": torch.zeros(width)}
+    state |= {"visual.proj": torch.randn(width, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
+    return state | {"logit_scale": torch.tensor(1.0), "input_resolution": torch.tensor(32)}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_named_architecture_is_a_timm_model_with_a_published_file(arch):
+    architecture = find_architecture(arch)
+    assert timm.is_model(architecture.timm_name)
+    assert architecture.weight_file.startswith(arch.split("/")[0]) and architecture.publisher
+
+
+@pytest.mark.parametrize(
+    "arch, nearest", [("ViT-B16", "ViT-B/16"), ("timm/vit_tiny_patch16_22", "timm/vit_tiny_patch16_224")]
+)
+def test_an_unknown_architecture_names_the_nearest(arch, nearest):
+    with pytest.raises(ConfigError, match=f"network.arch: .*'{arch}'.*nearest is '{nearest}'"):
+        find_architecture(arch)
+
+
+@pytest.mark.parametrize("arch", ["ViT-B/16", "timm/vit_tiny_patch16_224", "timm/deit3_small_patch16_224"])
+def test_tokens_equal_timm_forward_intermediates_to_the_bit(arch):
+    tower = tiny_tower(arch)
+    clips = torch.randn(2, 3, 3, 32, 32)
+    expected = tower.vit.forward_intermediates(
+        clips.flatten(0, 1), output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+    )
+    tokens = list(tower.layer_tokens(clips))
+    assert len(tokens) == len(expected) == TINY["depth"]
+    for ours, (patches, class_token) in zip(tokens, expected, strict=True):
+        assert ours.shape == (2, 3, 5, 32) and not ours.requires_grad
+        assert ours.flatten(0, 1).equal(torch.cat([class_token, patches], dim=1))
+
+
+def test_tokens_are_given_one_block_at_a_time():
+    tower = tiny_tower()
+    ran = []
+    for number, block in enumerate(tower.vit.blocks):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    next(tokens := tower.layer_tokens(torch.randn(1, 1, 3, 32, 32)))
+    assert ran == [0]
+    next(tokens)
+    assert ran == [0, 1]
+
+
+def test_the_tower_stays_bit_equal_and_in_eval_mode_after_steps():
+    torch.manual_seed(0)
+    model = build_model(tiny_config(proj_drop_rate=0.5))  # dropout that would show if the tower left eval mode
+    before = hash_tensors(model.backbone.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    clips = torch.randn(2, 4, 3, 32, 32)
+    tokens = list(model.backbone.layer_tokens(clips))
+    for _ in range(3):
+        model.train()
+        model(clips).square().sum().backward()
+        optimizer.step()
+    assert not any(module.training for module in model.backbone.modules())
+    assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
+    assert hash_tensors(model.backbone.state_dict()) == before
+    assert all(a.equal(b) for a, b in zip(tokens, model.backbone.layer_tokens(clips), strict=True))
+    assert all(p.grad is not None for p in model.trained.parameters())
+
+
+def test_logits_have_the_shape_clips_by_classes():
+    assert build_model(tiny_config())(torch.randn(3, 2, 3, 32, 32)).shape == (3, 5)
+
+
+def test_parameter_counts_of_the_paper():
+    def millions(arch):
+        network = {"arch": arch, "init": False, "weights": None, "side_dim": 320, "drop_fc": 0.0, "backbone_kwargs": {}}
+        model = build_model(DotMap({"network": network, "data": {"input_size": 224, "num_classes": 174}}))
+        return [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in (model.trained, model.backbone)]
+
+    assert millions("ViT-B/16") == [21.11, 85.80]
+    assert millions("ViT-B/32")[0] == 23.28
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_published_weights_fill_the_tower(tmp_path, dtype, caplog):
+    source, target = tiny_tower(), tiny_tower(drop_rate=0.0)
+    torch.nn.init.normal_(target.vit.cls_token)
+    torch.save(published_form(source, dtype), tmp_path / "clip.pt")
+    caplog.set_level("INFO")
+    load_tower_weights(target, find_architecture("ViT-B/16"), "ViT-B/16", str(tmp_path / "clip.pt"))
+    for name, tensor in target.vit.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert tensor.equal(source.vit.state_dict()[name].to(dtype).float()), name
+    assert len(caplog.messages) == 1 and "clip.pt" in caplog.messages[0]
+    assert target.weight_file == "clip.pt"
+
+
+def test_timm_names_and_nesting_are_read_too(tmp_path):
+    source, target = tiny_tower(), tiny_tower()
+    torch.nn.init.normal_(source.vit.cls_token)
+    torch.save({"state_dict": source.vit.state_dict()}, tmp_path / "tower.pt")
+    load_tower_weights(target, find_architecture("ViT-B/16"), "ViT-B/16", str(tmp_path / "tower.pt"))
+    assert hash_tensors(source.state_dict()) == hash_tensors(target.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda s: s.pop("visual.transformer.resblocks.1.ln_1.weight"), "1 missing: blocks.1.norm1.weight"),
+        (lambda s: s.update({"visual.extra": torch.ones(1)}), "1 unknown: extra"),
+        (
+            lambda s: s.update({"visual.ln_pre.bias": torch.ones(7)}),
+            r"norm_pre.bias \(7,\) instead of \(32,\)",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, change, complaint):
+    state = published_form(tiny_tower())
+    change(state)
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(CheckpointError, match=f"clip.pt.*{complaint}") as caught:
+        build_model(tiny_config(init=True, weights=str(tmp_path / "clip.pt")))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_weight_file_names_file_publisher_and_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"clip_pretrain/ViT-B-16.pt.*OpenAI.*clip_pretrain/.*network.weights"):
+        build_model(tiny_config(init=True))
+
+
+def test_a_timm_architecture_needs_named_weights_or_none():
+    with pytest.raises(ConfigError, match="network.init: timm/vit_tiny_patch16_224.*network.weights.*init: False"):
+        build_model(tiny_config("timm/vit_tiny_patch16_224", init=True))
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
+    path = tmp_path / "clip.pt"
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(CheckpointError, match="clip.pt: "):
+        build_model(tiny_config(init=True, weights=str(path)))
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(CheckpointError, match="clip.pt: holds no dictionary of tensors"):
+        build_model(tiny_config(init=True, weights=str(path)))
+
+
+@pytest.mark.parametrize(
+    "arch, kwargs, message",
+    [
+        ("timm/resnet18", {}, "network.arch: .*resnet18"),
+        ("ViT-B/16", {"no_such": 1}, "network.arch: timm cannot build .*no_such"),
+        ("ViT-B/16", {"img_size": 64}, "backbone_kwargs.img_size: leave it out"),
+        ("ViT-B/16", {"patch_size": 5}, "data.input_size: 32 pixels are no multiple of the patch size 5"),
+    ],
+)
+def test_towers_that_cannot_work_are_refused(arch, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        FrozenTower(find_architecture(arch).timm_name, 32, kwargs)

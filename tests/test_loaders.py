@@ -1,0 +1,213 @@
+import os
+
+import pytest
+import torch
+from dotmap import DotMap
+
+from datasets.loaders import build_eval_loader, build_train_loader
+from utils.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def make_config(paths, accumulation=1, view_batch=None, **data):
+    root, list_path = paths
+    defaults = {
+        "dataset": "tiny",
+        "num_segments": 2,
+        "batch_size": 2,
+        "workers": 0,
+        "prefetch": 2,
+        "num_classes": 4,
+        "image_tmpl": "img_{:05d}.jpg",
+        "train_root": root,
+        "train_list": list_path,
+        "val_root": root,
+        "val_list": list_path,
+        "label_list": None,
+        "input_size": 16,
+        "random_shift": True,
+        "num_sample": 1,
+        "dense": False,
+    }
+    return DotMap(
+        {
+            "seed": 11,
+            "data": defaults | data,
+            "solver": {"grad_accumulation_steps": accumulation},
+            "test": {"view_batch": view_batch},
+        },
+        _dynamic=False,
+    )
+
+
+def epoch_batches(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def indices(batches):
+    return [index for batch in batches for index in batch["indices"].tolist()]
+
+
+def assert_equal_batches(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys() == {"clips", "labels", "indices"}
+        assert all(torch.equal(batch[name], other[name]) for name in batch)
+
+
+# Training
+
+
+def test_workers_change_no_batch(make_frame_folders):
+    paths = make_frame_folders([9] * 8, size=(20, 16))
+    plain = build_train_loader(make_config(paths, num_sample=2))
+    workers = build_train_loader(make_config(paths, num_sample=2, workers=3))
+    for epoch in (0, 1):
+        assert_equal_batches(epoch_batches(plain, epoch), epoch_batches(workers, epoch))
+
+
+def test_an_epoch_is_repeated_exactly_and_differs_from_the_next(make_frame_folders):
+    paths = make_frame_folders([9] * 8)
+    loader = build_train_loader(make_config(paths))
+    first, second, again = (epoch_batches(loader, epoch) for epoch in (0, 1, 0))
+    assert_equal_batches(first, again)
+    assert indices(first) != indices(second)
+    assert sorted(indices(first)) == sorted(indices(second)) == list(range(8))
+    clips = [{b["indices"][0].item(): b["clips"][0] for b in batches} for batches in (first, second)]
+    assert not any(torch.equal(clips[0][index], clips[1][index]) for index in clips[0].keys() & clips[1].keys())
+
+
+def test_loading_leaves_the_global_generator_alone(make_frame_folders):
+    loader = build_train_loader(make_config(make_frame_folders([9] * 4)))
+    before = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_processes_together_use_every_video_once(make_frame_folders):
+    paths = make_frame_folders([5] * 8)
+    for epoch in (0, 1):
+        ranks = [epoch_batches(build_train_loader(make_config(paths), rank, 2), epoch) for rank in (0, 1)]
+        assert [len(batches) for batches in ranks] == [2, 2]
+        assert sorted(indices(ranks[0]) + indices(ranks[1])) == list(range(8))
+
+
+def test_a_sample_does_not_depend_on_the_process_that_loads_it(make_frame_folders):
+    paths = make_frame_folders([9] * 4)
+    alone = {b["indices"].item(): b["clips"] for b in build_train_loader(make_config(paths, batch_size=1))}
+    shared = build_train_loader(make_config(paths, batch_size=1), 1, 2)
+    assert all(torch.equal(batch["clips"], alone[batch["indices"].item()]) for batch in shared)
+
+
+@pytest.mark.parametrize(
+    ("videos", "batch_size", "world_size", "accumulation", "iterations"),
+    [(8, 2, 1, 1, 4), (7, 2, 1, 1, 3), (7, 2, 1, 2, 2), (9, 2, 2, 1, 2), (9, 1, 2, 3, 3), (4, 4, 1, 1, 1)],
+)
+def test_iterations_are_whole_steps(make_frame_folders, videos, batch_size, world_size, accumulation, iterations):
+    config = make_config(make_frame_folders([2] * videos), accumulation, batch_size=batch_size)
+    ranks = [build_train_loader(config, rank, world_size) for rank in range(world_size)]
+    assert [len(loader) for loader in ranks] == [iterations] * world_size
+    seen = [index for loader in ranks for index in indices(loader)]
+    assert len(seen) == len(set(seen)) == iterations * batch_size * world_size
+
+
+def test_too_few_videos_for_a_step_is_an_error_with_the_numbers(make_frame_folders):
+    root, list_path = paths = make_frame_folders([2] * 7)
+    with pytest.raises(DataError) as caught:
+        build_train_loader(make_config(paths, accumulation=2), 0, 2)
+    assert caught.value.line == (
+        f"{list_path}: 7 videos do not fill one step of data.batch_size 2 x 2 processes x "
+        "solver.grad_accumulation_steps 2; lower data.batch_size"
+    )
+
+
+def test_repeats_stand_side_by_side_in_the_batch(make_frame_folders):
+    paths = make_frame_folders([1, 1])  # one frame: clips differ by augmentation only
+    (batch,) = build_train_loader(make_config(paths, num_sample=2))
+    (single,) = build_train_loader(make_config(paths))
+    assert batch["clips"].shape == (4, 2, 3, 16, 16)
+    assert batch["clips"].dtype == torch.uint8
+    assert batch["indices"].tolist() == single["indices"].tolist()
+    assert batch["labels"].tolist() == [index for index in batch["indices"].tolist() for _ in range(2)]
+    assert torch.equal(batch["clips"][0::2], single["clips"])
+    assert not torch.equal(batch["clips"][0], batch["clips"][1])
+
+
+def test_flip_labels_come_from_the_class_names(make_frame_folders, tmp_path):
+    paths = make_frame_folders([1] * 4)
+    names = tmp_path / "names.csv"
+    names.write_text("id,name\n0,go left\n1,go right\n2,up\n3,down\n")
+    loader = build_train_loader(make_config(paths, label_list=str(names)))
+    assert loader.dataset.class_names == ["go left", "go right", "up", "down"]
+    assert loader.dataset.transform.flip_labels == {0: 1, 1: 0}
+    with pytest.raises(ConfigError, match="data.label_list"):
+        build_train_loader(make_config(paths, dataset="something"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_broken_frame_stops_the_run_with_its_path(make_frame_folders, workers, damage):
+    root, list_path = paths = make_frame_folders([1] * 4)
+    path = os.path.join(root, "video 2", "img_00001.jpg")
+    if damage == "missing":
+        os.remove(path)
+    else:
+        os.truncate(path, os.path.getsize(path) // 2)
+    config = make_config(paths, workers=workers)
+    for build in (build_train_loader, build_eval_loader):
+        line = error_of(build(config))
+        assert "\n" not in line
+        assert line.startswith(f"{path}: frame ")
+        assert f"listed at {list_path}:3 with 1 frames" in line
+
+
+def error_of(loader):
+    try:
+        list(loader)
+    except DataError as error:
+        error.__traceback__ = None  # it keeps the workers in a cycle, from which they are collected only after seconds
+        return error.line
+    pytest.fail("no DataError")
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_evaluation_takes_every_video_once_on_any_number_of_processes(make_frame_folders, world_size):
+    config = make_config(make_frame_folders([2] * 7))
+    ranks = [indices(build_eval_loader(config, rank, world_size)) for rank in range(world_size)]
+    assert ranks == [list(range(rank, 7, world_size)) for rank in range(world_size)]
+
+
+def test_an_evaluation_batch_holds_whole_videos_view_by_view(make_frame_folders):
+    config = make_config(make_frame_folders([9] * 5), view_batch=13)
+    loader = build_eval_loader(config, clips=2, crops=3)
+    batches = list(loader)
+    assert [len(batch["indices"]) for batch in batches] == [2, 2, 1]
+    assert batches[0]["clips"].shape == (12, 2, 3, 16, 16)
+    assert batches[0]["labels"].tolist() == [0, 1]
+    assert torch.equal(batches[1]["clips"], torch.cat([loader.dataset[2]["clips"], loader.dataset[3]["clips"]]))
+    assert loader.dataset.records[4].path == "video 4"
+    assert loader.dataset.labels.tolist() == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(("view_batch", "expected"), [(1, 1), (5, 1), (12, 2), (None, 1)])
+def test_videos_per_batch_follow_the_views_that_fit(make_frame_folders, view_batch, expected):
+    config = make_config(make_frame_folders([2] * 2), view_batch=view_batch)
+    assert build_eval_loader(config, clips=2, crops=3).batch_size == expected
+
+
+def test_workers_change_no_evaluation_batch(make_frame_folders):
+    paths = make_frame_folders([9] * 5)
+    plain, workers = (build_eval_loader(make_config(paths, workers=count), clips=2, crops=3) for count in (0, 3))
+    for _ in range(2):
+        assert_equal_batches(list(plain), list(workers))
+
+
+def test_dense_evaluation_is_asked_for_or_follows_the_config(make_frame_folders):
+    paths = make_frame_folders([200, 200])
+    for configured, asked, dense in ((True, None, True), (True, False, False), (False, True, True)):
+        loader = build_eval_loader(make_config(paths, dense=configured), dense=asked)
+        assert loader.dataset.dense is dense

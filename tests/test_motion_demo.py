@@ -1,0 +1,144 @@
+"""The demo data: reproducible, at chance by single frames, opposite classes reversed, left and right mirrored."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import motion_demo
+from datasets.annotations import read_annotations, read_class_names
+from datasets.motion_demo import ANGLE, CLASSES, MOTIONS, X, draw, generate, render_video, trajectory
+from utils.errors import DataError
+
+FRAMES = 16
+
+
+def steps(states: np.ndarray) -> np.ndarray:
+    """Signed change of each state from frame to frame, the short way round, in cycles."""
+    return (np.diff(states, axis=0) + 0.5) % 1.0 - 0.5
+
+
+@pytest.mark.parametrize("label", range(len(CLASSES)))
+def test_only_the_state_of_the_class_changes_at_a_steady_visible_rate(label):
+    state, sign = MOTIONS[label]
+    change = steps(trajectory(label, np.random.default_rng(label), FRAMES))
+    slowest, fastest = motion_demo.RATES[state]
+    assert np.ptp(change[..., state]) < 1e-9
+    assert slowest <= sign * change[0, 0, state] <= fastest < 0.25  # two frames apart: still less than half a cycle
+    assert np.abs(np.delete(change, state, axis=-1)).max() == 0
+
+
+@pytest.mark.parametrize("label", range(len(CLASSES)))
+def test_opposite_class_is_the_same_video_backwards(label):
+    forwards = render_video(label, np.random.default_rng(3), num_frames=FRAMES)
+    backwards = render_video(label ^ 1, np.random.default_rng(3), num_frames=FRAMES)
+    assert forwards.dtype == np.uint8 and forwards.shape == (FRAMES, 64, 64, 3)
+    assert np.array_equal(forwards, backwards[::-1])
+    assert not np.array_equal(forwards, backwards)
+
+
+@pytest.mark.parametrize("label", range(len(CLASSES)))
+def test_every_frame_of_every_class_has_uniform_independent_states(label):
+    videos = 2000
+    rng = np.random.default_rng(label)
+    states = np.stack([trajectory(label, rng, FRAMES) for _ in range(videos)])  # (videos, F, O, 4)
+    for frame in (0, 5, FRAMES - 1):
+        values = states[:, frame].reshape(videos, -1)  # (videos, O * 4)
+        ranks = np.sort(values, axis=0)
+        distance = np.abs(ranks - (np.arange(videos)[:, None] + 0.5) / videos).max(axis=0)
+        assert distance.max() < 2.2 / videos**0.5  # Kolmogorov-Smirnov, far beyond the 0.1 % level of one test
+        assert np.abs(np.corrcoef(values.T) - np.eye(values.shape[1])).max() < 5 / videos**0.5
+
+
+@pytest.mark.parametrize("label", range(len(CLASSES)))
+def test_mirrored_video_shows_the_class_with_left_and_right_swapped(label):
+    states = trajectory(label, np.random.default_rng(5), FRAMES)
+    mirrored = states.copy()
+    mirrored[..., [X, ANGLE]] = 1 - mirrored[..., [X, ANGLE]]
+    partner = label ^ 1 if "left" in CLASSES[label] or "right" in CLASSES[label] else label
+    state, sign = MOTIONS[partner]
+    assert np.all(sign * steps(mirrored)[..., state] > 0)
+
+    ground = np.full((64, 64, 3), 0.5)
+    objects = [motion_demo._object(np.random.default_rng(number)) for number in range(motion_demo.OBJECTS)]
+    difference = draw(states, ground, objects)[:, :, ::-1] - draw(mirrored, ground, [o[:, ::-1] for o in objects]) * 1.0
+    assert np.abs(difference).mean() < 0.5  # grey levels; nearest sampling rounds to the other side here and there
+
+
+# What a wedge that points right does: its pixels' mean column and mean row (down is positive), and their number.
+COLUMN, ROW, AREA = range(3)
+SEEN = {
+    "moving left": (COLUMN, -1),
+    "moving right": (COLUMN, 1),
+    "moving up": (ROW, -1),
+    "moving down": (ROW, 1),
+    "turning left": (ROW, -1),
+    "turning right": (ROW, 1),
+    "growing": (AREA, 1),
+    "shrinking": (AREA, -1),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_class_name_says_what_is_seen(name):
+    across = np.linspace(-1, 1, motion_demo.TEXELS)
+    inside = (np.hypot(across, across[:, None]) < 0.9) & (np.abs(np.arctan2(across[:, None], across)) < 0.5)
+    wedge = np.repeat(inside[..., None], 4, axis=-1).astype(np.float32)
+    first = np.array([0.5, 0.5, 0.0, 0.5])
+    change = steps(trajectory(CLASSES.index(name), np.random.default_rng(0), 2))[0, 0]
+    frames = draw(np.stack([first, first + change])[:, None], np.zeros((64, 64, 3)), [wedge])
+    white = [np.nonzero(frame[..., 0] > 127) for frame in frames]
+    before, after = ((columns.mean(), rows.mean(), len(rows)) for rows, columns in white)
+    seen, sign = SEEN[name]
+    assert sign * (after[seen] - before[seen]) > 0.5
+
+
+def test_videos_differ_in_split_index_and_seed_and_are_reproducible(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert generate(tmp_path / name, train_videos=9, val_videos=9, size=32, num_frames=3, seed=seed)
+    first, again, other = (sorted((tmp_path / name / "frames").rglob("*.jpg")) for name in "abc")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in again]
+    assert not {file.read_bytes() for file in first} & {file.read_bytes() for file in other}
+    first_frames = [file.read_bytes() for file in first if file.name == "img_00001.jpg"]
+    assert len(set(first_frames)) == len(first_frames) == 18
+
+
+def test_files_are_what_the_lists_say(tmp_path):
+    generate(tmp_path / "demo", train_videos=24, val_videos=8, size=32, num_frames=3)
+    records = read_annotations(str(tmp_path / "demo" / "train.txt"), num_classes=len(CLASSES))
+    assert np.bincount([record.label for record in records]).tolist() == [3] * len(CLASSES)
+    assert read_class_names(str(tmp_path / "demo" / "classes.csv"), len(CLASSES)) == list(CLASSES)
+    for record in records:
+        frames = sorted((tmp_path / "demo" / "frames" / record.path).iterdir())
+        assert [frame.name for frame in frames] == [f"img_{number:05d}.jpg" for number in (1, 2, 3)]
+        assert record.num_frames == 3 and Image.open(frames[0]).size == (32, 32)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
+
+
+def test_complete_data_is_left_alone_and_other_data_is_refused(tmp_path):
+    settings = dict(train_videos=2, val_videos=1, size=32, num_frames=2)
+    root = tmp_path / "demo"
+    assert generate(root, **settings)
+    before = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
+    assert not generate(root, **settings)
+    assert {file: file.stat().st_mtime_ns for file in root.rglob("*")} == before
+    with pytest.raises(DataError, match="demo: exists .* delete it"):
+        generate(root, **settings, seed=1)
+    (root / motion_demo.STAMP).unlink()
+    with pytest.raises(DataError, match="delete it"):
+        generate(root, **settings)
+
+
+def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(motion_demo, "render_video", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "demo", train_videos=1, val_videos=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line_names_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file/demo: the demo data cannot be written"):
+        motion_demo.main([str(tmp_path / "file" / "demo"), "--train_videos", "1", "--val_videos", "1"])

@@ -1,0 +1,131 @@
+"""The shell scripts, run by sh with an interpreter that only reports how it is called."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+INTERPRETER = r"""#!/bin/sh
+case "$*" in
+*device_count*) echo "$GPUS" ;;
+-c*) ;;
+*utils.config*) printf '[%s]' "$@"; echo; exit "${CONFIG_STATUS:-0}" ;;
+*) printf '[%s]' "$@"; echo
+   printf 'error: second\nerror: first\nerror: second\n' >>"$SIDE4VIDEO_ERROR_FILE"; exit "${STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """call(script, *arguments, **environment) -> the finished process; its interpreter prints arguments in brackets."""
+    interpreter = tmp_path / "a folder" / "python"
+    interpreter.parent.mkdir()
+    interpreter.write_text(INTERPRETER)
+    interpreter.chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+
+    def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        given = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path / "temporary"), "GPUS": "0"}
+        given |= {"PYTHON": str(interpreter)} | environment
+        command = ["sh", str(ROOT / "scripts" / script), *arguments]
+        return subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_script_is_posix_sh(script):
+    subprocess.run(["sh", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("run_train_vision.sh", []),
+        ("run_train_vision.sh", ["--output", "x"]),
+        ("run_test_vision.sh", ["c.yaml"]),
+        ("run_test_vision.sh", ["c.yaml", "--dense"]),
+    ],
+)
+def test_wrong_number_of_arguments_shows_the_usage(call, script, arguments):
+    done = call(script, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"usage: sh scripts/{script} CONFIG") and done.stderr.count("\n") == 1
+
+
+def test_training_checks_the_overrides_and_passes_everything_on(call):
+    done = call(
+        "run_train_vision.sh", "my config.yaml", "--output", "out/lr=1", "solver.lr=1e-3", "data.train_root=a b"
+    )
+    check, launch = done.stdout.splitlines()
+    assert check == "[-m][utils.config][train][my config.yaml][solver.lr=1e-3][data.train_root=a b]"
+    assert launch == (
+        "[-m][torch.distributed.run][--nproc-per-node][1][--standalone][train.py][--config][my config.yaml]"
+        "[--output][out/lr=1][solver.lr=1e-3][data.train_root=a b]"
+    )
+
+
+def test_testing_checks_the_overrides_only(call):
+    flags = [
+        "--test_clips",
+        "4",
+        "--dense",
+        "test.view_batch=2",
+        "--save_scores",
+        "a=b.npz",
+        "--precision=fp32",
+        "seed=1",
+    ]
+    check, launch = call("run_test_vision.sh", "c.yaml", "best.pt", *flags).stdout.splitlines()
+    assert check == "[-m][utils.config][test][c.yaml][test.view_batch=2][seed=1]"
+    assert launch.endswith("[test.py][--config][c.yaml][--weights][best.pt]" + "".join(f"[{flag}]" for flag in flags))
+
+
+def test_bad_config_launches_nothing(call):
+    done = call("run_train_vision.sh", "c.yaml", CONFIG_STATUS="1")
+    assert done.returncode == 1 and "torch.distributed.run" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags"),
+    [
+        ({"GPUS": "4"}, "[4][--standalone]"),
+        ({"GPUS": "4", "NUM_GPUS": "2"}, "[2][--standalone]"),
+        ({"NUM_GPUS": "2"}, "[2][--standalone]"),
+        ({"MASTER_PORT": "1234"}, "[1][--master-addr][127.0.0.1][--master-port][1234]"),
+        (
+            {"GPUS": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
+            "[8][--nnodes][2][--node-rank][1][--master-addr][node0][--master-port][29500]",
+        ),
+    ],
+)
+def test_processes_and_rendezvous_follow_the_environment(call, environment, flags):
+    launch = call("run_train_vision.sh", "c.yaml", **environment).stdout.splitlines()[1]
+    assert launch == f"[-m][torch.distributed.run][--nproc-per-node]{flags}[train.py][--config][c.yaml]"
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"GPUS": "1", "NUM_GPUS": "2"}, "NUM_GPUS is 2, but 1 are visible"),
+        ({"NUM_GPUS": "two"}, "NUM_GPUS must be a number from 1, got 'two'"),
+        ({"NNODES": "0"}, "NNODES must be a number from 1, got '0'"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES is 2: set MASTER_ADDR to the address of node 0"),
+        ({"NNODES": "2", "MASTER_ADDR": "node0"}, "NNODES is 2: set NODE_RANK, from 0 to 1"),
+        ({"PYTHON": "/nowhere/python"}, "/nowhere/python is not Python 3.10 or newer"),
+    ],
+)
+def test_environment_that_cannot_work_is_one_line(call, environment, problem):
+    done = call("run_train_vision.sh", "c.yaml", **environment)
+    assert (done.returncode, done.stderr) == (1, f"error: {problem}\n")
+
+
+def test_errors_of_the_processes_come_last_once_each(call, tmp_path):
+    done = call("run_train_vision.sh", "c.yaml", STATUS="3")
+    assert (done.returncode, done.stderr) == (3, "error: second\nerror: first\n")
+    assert call("run_train_vision.sh", "c.yaml").stderr == ""
+    assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,0 +1,205 @@
+import pytest
+import torch
+from textbook import textbook_name, textbook_of
+
+from modules.side_network import FrameAttention, SideNetwork, shift_class_token
+
+TINY = dict(backbone_width=48, side_width=128, num_layers=2, patch_size=4, num_patches=6)
+B, T = 3, 4
+
+# Tensors whose true gradient is zero in training, because a norm takes away what they add. Slices are of S-wide thirds.
+KEYS = ("attn.qkv.bias", 1)  # shifts all scores of a query alike, in both modes
+ZERO_IN_TRAINING = {
+    # before stem_bn; a constant per channel that only bn_2 and post_bn see, after the last attention
+    "pre": [("stem.bias", None), ("LAST.mlp.fc2.bias", None), ("LAST.attn.proj.bias", None), ("LAST.attn.qkv.bias", 2)],
+    # before stem_bn, bn_1 or bn_2
+    "post": [(name, None) for name in ("stem.bias", "conv.1.bias", "conv.2.bias", "mlp.fc2.bias")],
+}
+
+
+def zero_part(name, grad, placement, side):
+    """True where the true gradient of tensor `name` is zero."""
+    mask = torch.zeros_like(grad, dtype=torch.bool)
+    for suffix, third in [KEYS, *(ZERO_IN_TRAINING[placement] if side.training else [])]:
+        if name.endswith(suffix.replace("LAST", f"blocks.{len(side.blocks) - 1}")):
+            (mask if third is None else mask.chunk(3)[third]).fill_(True)
+    return mask
+
+
+def assert_gradients_equal(side, textbook, placement, tolerance):
+    """Relative to each tensor's largest gradient; absolutely, beside the largest of all, where the true one is zero."""
+    theirs = dict(textbook.named_parameters())
+    scale = max(p.grad.abs().max() for p in theirs.values())
+    for name, parameter in side.named_parameters():
+        grad, reference = parameter.grad, theirs[textbook_name(name)].grad.view_as(parameter.grad)
+        zero = zero_part(name, grad, placement, side)
+        assert (grad[zero].abs() < tolerance * scale).all() and (reference[zero].abs() < tolerance * scale).all(), name
+        if not zero.all():
+            assert relative(grad[~zero], reference[~zero]) < tolerance, name
+
+
+def make_inputs(dtype, sizes, hw, batch=B, frames=T):
+    generator = torch.Generator().manual_seed(1)
+    clips = torch.randn(batch, frames, 3, *hw, generator=generator, dtype=torch.float64)
+    shape = (batch, frames, 1 + sizes["num_patches"], sizes["backbone_width"])
+    tokens = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(sizes["num_layers"])]
+    return clips.to(dtype), [t.to(dtype) for t in tokens]
+
+
+def make_side(placement, dtype=torch.float64, **sizes):
+    torch.manual_seed(0)
+    side = SideNetwork(**sizes, norm_placement=placement).to(dtype)
+    for module in side.modules():  # away from 1 and 0, so that a forgotten scale or shift shows
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm1d | FrameAttention):
+            for parameter in module.parameters():
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return side
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_fast_equals_textbook_in_float64(placement):
+    side = make_side(placement, **TINY)
+    textbook = textbook_of(side, **TINY, norm_placement=placement)
+    clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
+    weight = torch.randn(B, TINY["side_width"], dtype=torch.float64)
+
+    for mode in (True, False):
+        out, expected = side.train(mode)(clips, iter(tokens)), textbook.train(mode)(clips, tokens)
+        assert relative(out, expected) < 1e-9
+        side.zero_grad(), textbook.zero_grad()
+        (out * weight).sum().backward(), (expected * weight).sum().backward()
+        assert_gradients_equal(side, textbook, placement, 1e-9)
+        buffers = dict(textbook.named_buffers())
+        for name, buffer in side.named_buffers():
+            assert relative(buffer.double(), buffers[textbook_name(name)].double()) < 1e-9, name
+
+
+def test_fast_equals_textbook_in_float32_at_the_size_of_vit_b_32():
+    sizes = dict(backbone_width=768, side_width=320, num_layers=12, patch_size=32, num_patches=49)
+    side = make_side("pre", torch.float32, **sizes).train()
+    textbook = textbook_of(side, **sizes, norm_placement="pre")
+    clips, tokens = make_inputs(torch.float32, sizes, (224, 224), batch=2, frames=8)
+    out, expected = side(clips, tokens), textbook(clips, tokens)
+    assert relative(out, expected) < 1e-4
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward(), (expected * weight).sum().backward()
+    assert_gradients_equal(side, textbook, "pre", 2e-3)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_frame_changes_only_frames_within_reach(placement):
+    """Each of the stem, the temporal convolution and the token shift reaches one frame to both sides, no further."""
+    sizes = {**TINY, "num_layers": 1}
+    side = make_side(placement, **sizes).eval()
+    clips, tokens = make_inputs(torch.float64, sizes, (8, 12), batch=1, frames=9)
+    captured = []
+    side.post_bn.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    side(clips, tokens)
+    changed_clips, changed_tokens = clips.clone(), [t.clone() for t in tokens]
+    changed_clips[:, 4] += 1
+    side(changed_clips, tokens)
+    changed_tokens[0][:, 4] += 1 + torch.randn(sizes["backbone_width"], dtype=torch.float64)
+    side(clips, changed_tokens)
+    plain, pixels, features = captured
+    frames_differ = [(plain != other).flatten(2).any(-1)[0].nonzero().flatten().tolist() for other in (pixels, features)]
+    assert frames_differ == [[2, 3, 4, 5, 6], [3, 4, 5]]
+
+
+def test_class_token_shift_by_hand():
+    c = torch.arange(1.0, 13.0).view(1, 3, 4)
+    expected = [[[5, 6, 0, 0], [9, 10, 3, 4], [0, 0, 7, 8]]]
+    assert shift_class_token(c).tolist() == expected
+
+
+def test_one_frame_is_enough():
+    side = make_side("pre", **TINY)
+    clips, tokens = make_inputs(torch.float64, TINY, (8, 12), frames=1)
+    assert side(clips, tokens).shape == (B, TINY["side_width"])
+
+
+@pytest.mark.parametrize("width", [0, 63, 96])
+def test_a_side_width_that_is_no_multiple_of_64_is_refused(width):
+    with pytest.raises(ValueError, match="multiple of 64"):
+        SideNetwork(**{**TINY, "side_width": width})
+
+
+def test_bfloat16_autocast_trains_every_tensor_in_float32():
+    side = make_side("pre", torch.float32, **TINY)
+    clips, tokens = make_inputs(torch.float32, TINY, (8, 12))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = side(clips, tokens)
+    exact = side.float()(clips, tokens)
+    assert relative(out.float(), exact) < 0.1
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in side.parameters())
+
+
+# ---- initialisation, protocol section 2: standard deviation of each tensor ----
+S = 320
+
+
+def uniform_std(fan_in):
+    return (fan_in**-0.5) / 3**0.5  # PyTorch's default for Linear and Conv: uniform within 1 / sqrt(fan_in)
+
+
+PRE_RULES = {
+    "pos": 0.01,
+    "stem.weight": uniform_std(3 * 3 * 8 * 8),
+    "stem.bias": uniform_std(3 * 3 * 8 * 8),
+    "linear.weight": uniform_std(256),
+    "linear.bias": uniform_std(256),
+    "conv.0.weight": uniform_std(S),
+    "conv.0.bias": uniform_std(S),
+    "conv.1.weight": uniform_std(3),
+    "conv.1.bias": uniform_std(3),
+    "conv.2.weight": uniform_std(S),
+    "conv.2.bias": uniform_std(S),
+    "attn.qkv.weight": S**-0.5,
+    "attn.qkv.bias": 0.0,
+    "attn.proj.weight": S**-0.5 * 24**-0.5,
+    "attn.proj.bias": 0.0,
+    "mlp.fc1.weight": (2 * S) ** -0.5,
+    "mlp.fc1.bias": uniform_std(S),
+    "mlp.fc2.weight": S**-0.5 * 24**-0.5,
+    "mlp.fc2.bias": uniform_std(4 * S),
+}
+POST_RULES = PRE_RULES | {
+    "pos": 0.02,
+    "attn.qkv.weight": uniform_std(S),
+    "attn.qkv.bias": uniform_std(S),
+    "attn.proj.weight": uniform_std(S),
+    "attn.proj.bias": uniform_std(S),
+    "mlp.fc1.weight": uniform_std(S),
+    "mlp.fc2.weight": uniform_std(4 * S),
+}
+
+
+@pytest.mark.parametrize("placement, rules", [("pre", PRE_RULES), ("post", POST_RULES)])
+def test_initial_spread_of_every_tensor(placement, rules):
+    torch.manual_seed(0)
+    side = SideNetwork(256, S, num_layers=3, patch_size=8, num_patches=64, norm_placement=placement)
+    seen = set()
+    for name, parameter in side.named_parameters():
+        rule = next((r for r in rules if name.endswith(r)), None)
+        if rule is None:  # a norm
+            assert "norm" in name or "bn" in name or "ln" in name, name
+            assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
+            continue
+        seen.add(rule)
+        expected, n = rules[rule], parameter.numel()
+        assert parameter.std().item() == pytest.approx(expected, rel=5 * (2 * n) ** -0.5, abs=1e-12), name
+        assert abs(parameter.mean().item()) <= 5 * expected / n**0.5, name
+    assert seen == set(rules)
+
+
+@pytest.mark.parametrize("batch, frames", [(1, 2), (2, 3)])
+def test_clips_are_independent_in_eval_mode(batch, frames):
+    side = make_side("pre", **TINY).eval()
+    clips, tokens = make_inputs(torch.float64, TINY, (8, 12), batch=batch, frames=frames)
+    together = side(clips, tokens)
+    alone = torch.cat([side(clips[i : i + 1], [t[i : i + 1] for t in tokens]) for i in range(batch)])
+    assert relative(together, alone) < 1e-12

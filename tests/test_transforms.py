@@ -1,0 +1,237 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_frame
+from PIL import Image
+
+from datasets.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    EvalTransform,
+    TrainTransform,
+    crop_corners,
+    draw_box,
+    draw_crop,
+    flip_pairs,
+    normalize_clips,
+    resize_size,
+    to_clip,
+)
+from utils.errors import ConfigError
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def make_frames(count, size=(53, 38)):
+    return [random_frame((7, number), size) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "input_size", "frame", "expected"),
+    [
+        ("kinetics", 224, (340, 256), (340, 256)),
+        ("kinetics", 224, (320, 240), (341, 256)),  # int(341.33)
+        ("kinetics", 224, (240, 427), (256, 455)),  # int(455.47)
+        ("kinetics", 224, (100, 100), (256, 256)),
+        ("kinetics", 336, (340, 256), (446, 336)),  # int(446.25)
+        ("kinetics", 64, (80, 64), (80, 64)),
+        ("something", 224, (427, 240), (320, 256)),
+        ("something", 224, (240, 427), (320, 256)),
+        ("something", 256, (427, 240), (320, 256)),
+        ("something", 336, (427, 240), (480, 384)),
+    ],
+)
+def test_frames_are_resized_to_the_size_of_the_protocol(protocol, input_size, frame, expected):
+    assert resize_size(*frame, protocol, input_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "num_crops", "expected"),
+    [
+        ((340, 256), 1, [(58, 16)]),
+        ((341, 257), 1, [(58, 16)]),  # 58.5 and 16.5 round to the even number
+        ((340, 256), 3, [(0, 16), (116, 16), (58, 16)]),
+        ((341, 257), 3, [(0, 16), (116, 16), (58, 16)]),
+        ((256, 455), 3, [(0, 114), (32, 114), (16, 114)]),
+        ((340, 256), 5, [(0, 0), (116, 0), (0, 32), (116, 32), (58, 16)]),
+        ((340, 256), 10, [(0, 0), (116, 0), (0, 32), (116, 32), (58, 16)]),
+    ],
+)
+def test_corners_of_the_test_crops(size, num_crops, expected):
+    assert crop_corners(*size, 224, num_crops) == expected
+
+
+def test_another_number_of_crops_is_refused():
+    with pytest.raises(ValueError, match="1, 3, 5 or 10, got 2"):
+        crop_corners(340, 256, 224, 2)
+
+
+@pytest.mark.parametrize("frame_size", [(340, 256), (53, 38), (38, 53), (320, 240)])
+@pytest.mark.parametrize("protocol", ["kinetics", "something"])
+@pytest.mark.parametrize("num_crops", [1, 3, 5, 10])
+def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops, frame_size):
+    frames = make_frames(3, frame_size)
+    views = EvalTransform(protocol, 224, num_crops)(frames)
+    assert views.shape == (num_crops, 3, 3, 224, 224)
+    assert views.dtype == torch.uint8
+    assert views.is_contiguous()
+    width, height = resize_size(*frame_size, protocol, 224)
+    corners = crop_corners(width, height, 224, num_crops)
+    for t, frame in enumerate(frames):
+        resized = frame.resize((width, height), Image.Resampling.BICUBIC)
+        crops = [resized.crop((x, y, x + 224, y + 224)) for x, y in corners]
+        if num_crops == 10:
+            crops += [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
+        for view, crop in zip(views, crops, strict=True):
+            assert np.array_equal(view[t].permute(1, 2, 0).numpy(), np.asarray(crop))
+
+
+def test_training_pixels_equal_pillow_on_every_frame_alone():
+    frames = make_frames(2)
+    boxes_and_flips = set()
+    for seed in range(20):
+        clip, label = TrainTransform("kinetics", 32, {})(frames, 3, np.random.default_rng(seed))
+        assert clip.shape == (2, 3, 32, 32)
+        assert clip.dtype == torch.uint8
+        assert label == 3
+        rng = np.random.default_rng(seed)
+        box = draw_box(44, 32, rng)  # the shorter side is resized from 38 to 32
+        flip = rng.random() < 0.5
+        boxes_and_flips.add((box, flip))
+        for pixels, frame in zip(clip, frames, strict=True):
+            crop = frame.resize((44, 32), Image.Resampling.BICUBIC).crop(box)
+            crop = crop.resize((32, 32), Image.Resampling.BILINEAR)
+            if flip:
+                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(crop))
+    assert len(boxes_and_flips) == 20
+
+
+@pytest.mark.parametrize("protocol", ["kinetics", "something"])
+def test_equal_frames_stay_equal_under_training_augmentation(protocol):
+    frames = make_frames(1) * 4
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        clip, _ = TrainTransform(protocol, 32, {})(frames, 0, rng)
+        assert (clip == clip[:1]).all()
+
+
+def test_frames_of_another_size_follow_the_first_of_their_clip():
+    frames = make_frames(1, (60, 40)) + make_frames(1, (40, 60))
+    for clip in (EvalTransform("kinetics", 32)(frames)[0], TrainTransform("kinetics", 32, {})(frames, 0, rng())[0]):
+        assert clip.shape == (2, 3, 32, 32)
+
+
+def test_boxes_keep_to_the_bounds_of_area_and_aspect_and_to_the_frame():
+    generator = rng()
+    boxes = np.array([draw_box(340, 256, generator) for _ in range(4000)])
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= [340, 256]).all()
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    area, aspect = w * h / (340 * 256), w / h
+    assert 0.079 < area.min() < 0.1
+    assert 0.85 < area.max() <= 1.0
+    assert 0.74 < aspect.min() < 0.77
+    assert 1.30 < aspect.max() < 1.35
+    # Aspect a uniform in 3/4..4/3 is above 1 with 4/7, and is turned into 1/a half the time: evenly wide and high,
+    # but large boxes that are high do not fit. Small ones are not affected.
+    assert abs((aspect[area < 0.3] > 1).mean() - 0.5) < 0.06
+    # Both ends of the room a box has are reached.
+    assert (boxes[:, 0] == 0).any()
+    assert (boxes[:, 2] == 340).any()
+
+
+def test_boxes_take_the_draws_in_the_order_area_aspect_swap_place():
+    for seed in range(50):
+        box, generator = draw_box(44, 32, rng(seed)), rng(seed)
+        while True:
+            area = 44 * 32 * generator.uniform(0.08, 1)
+            aspect = generator.uniform(3 / 4, 4 / 3)
+            sides = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            w, h = sides[::-1] if generator.random() < 0.5 else sides
+            if w <= 44 and h <= 32:
+                break
+        x, y = generator.integers(0, 44 - w + 1), generator.integers(0, 32 - h + 1)
+        assert box == (x, y, x + w, y + h)
+
+
+def test_without_a_box_that_fits_a_square_is_cropped_from_the_frame_resized_to_its_shorter_side():
+    # 1000 x 10 pixels: even 0.08 of the area is a box of 28 x 28.
+    assert draw_box(1000, 10, rng()) is None
+    gradient = np.tile(np.linspace(0, 255, 1000).astype(np.uint8)[None, :, None], (10, 1, 3))
+    frame = Image.fromarray(gradient)
+    resized = np.asarray(frame.resize((800, 8), Image.Resampling.BILINEAR))
+    starts = set()
+    for seed in range(20):
+        crop = np.asarray(draw_crop(1000, 10, 8, rng(seed))(frame))
+        assert crop.shape == (8, 8, 3)
+        (start,) = [x for x in range(793) if np.array_equal(resized[:, x : x + 8], crop)][:1]
+        starts.add(start)
+    assert len(starts) > 10
+
+
+def test_the_label_follows_the_flip():
+    frames = make_frames(1)
+    transform = TrainTransform("kinetics", 32, {5: 6, 6: 5})
+    seen = set()
+    for seed in range(20):
+        kept = draw_crop(44, 32, 32, generator := rng(seed))(frames[0].resize((44, 32), Image.Resampling.BICUBIC))
+        flipped = bool(generator.random() < 0.5)
+        for label, mirrored in ((5, 6), (6, 5), (7, 7)):
+            clip, out = transform(frames, label, rng(seed))
+            assert out == (mirrored if flipped else label)
+            expected = to_clip([kept])
+            assert torch.equal(clip, expected.flip(-1) if flipped else expected)
+        seen.add(flipped)
+    assert seen == {False, True}
+
+
+def test_half_of_the_clips_are_flipped():
+    generator, transform, frames = rng(), TrainTransform("kinetics", 8, {0: 1}), make_frames(1, (10, 8))
+    flips = sum(transform(frames, 0, generator)[1] for _ in range(1000))
+    assert 440 < flips < 560
+
+
+def test_flip_pairs_without_names():
+    assert flip_pairs("something", 174, None) == {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
+    assert flip_pairs("kinetics", 400, None) == {}
+    with pytest.raises(ConfigError, match="data.label_list.*not for 10"):
+        flip_pairs("something", 10, None)
+
+
+@pytest.mark.parametrize("protocol", ["kinetics", "something"])
+def test_flip_pairs_from_names(protocol):
+    names = [
+        "Pulling something from left to right",
+        "Turning the camera LEFT",
+        "Pulling something from right to left",
+        "Left hand up",
+        "Turning the camera RIGHT",
+        "Right hand up",
+        "leftover food",  # not the word
+        "rightover food",
+        "Looking left",  # its mirror is no class
+        "left and right and left",
+        "move_left",
+        "move_right",
+        "Dropping something",
+    ]
+    expected = {0: 2, 2: 0, 1: 4, 4: 1, 3: 5, 5: 3, 10: 11, 11: 10}
+    assert flip_pairs(protocol, len(names), names) == expected
+
+
+def test_a_name_that_is_its_own_mirror_is_no_pair():
+    assert flip_pairs("something", 2, ["left", "up"]) == {}
+
+
+def test_normalized_clips_are_pixels_over_255_minus_mean_over_std():
+    clips = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(2, 3, 3, 16, 16)
+    normalized = normalize_clips(clips, CLIP_MEAN, CLIP_STD)
+    assert normalized.dtype == torch.float32
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    torch.testing.assert_close(normalized.double(), (clips.double() / 255 - mean) / std, rtol=0, atol=1e-6)
+    assert clips[0, 0, 0, 15, 15] == 255

@@ -1,0 +1,226 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.annotations import read_annotations
+from datasets.readers import FrameFolderReader
+from datasets.sampling import sample_test
+from datasets.transforms import EvalTransform, TrainTransform
+from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
+from utils.errors import ConfigError, DataError
+
+
+def make_dataset(cls, paths, transform, protocol="kinetics", **options):
+    root, list_path = paths
+    return cls(
+        records=read_annotations(list_path, 4),
+        class_names=None,
+        reader=FrameFolderReader(root, "img_{:05d}.jpg"),
+        protocol=protocol,
+        num_segments=4,
+        transform=transform,
+        **options,
+    )
+
+
+def train_dataset(paths, **options):
+    return make_dataset(TrainVideoDataset, paths, TrainTransform("kinetics", 32, {0: 1, 1: 0}), seed=3, **options)
+
+
+def eval_dataset(paths, num_crops=1, **options):
+    return make_dataset(EvalVideoDataset, paths, EvalTransform("kinetics", 32, num_crops), **options)
+
+
+class CountingReader(FrameFolderReader):
+    """Remembers the indices it was asked for."""
+
+    def __init__(self, root, image_tmpl="img_{:05d}.jpg"):
+        super().__init__(root, image_tmpl)
+        self.asked = []
+
+    def read(self, record, indices):
+        self.asked.append(list(indices))
+        return super().read(record, indices)
+
+
+# Reader
+
+
+def test_index_zero_is_the_file_with_number_one(make_frame_folders):
+    root, list_path = make_frame_folders([3])
+    (record,) = read_annotations(list_path, 4)
+    frames = FrameFolderReader(root, "img_{:05d}.jpg").read(record, [2, 0])
+    for frame, number in zip(frames, (3, 1), strict=True):
+        assert frame.mode == "RGB"
+        with Image.open(f"{root}/video 0/img_{number:05d}.jpg") as expected:
+            assert np.array_equal(np.asarray(frame), np.asarray(expected))
+
+
+def test_gray_and_palette_frames_become_rgb(make_frame_folders):
+    root, list_path = make_frame_folders([1])
+    (record,) = read_annotations(list_path, 4)
+    path = f"{root}/video 0/img_00001.png"
+    for mode in ("L", "P", "RGBA"):
+        Image.new(mode, (8, 8)).save(path)
+        assert FrameFolderReader(root, "img_{:05d}.png").read(record, [0])[0].mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "image_tmpl", ["img.jpg", "img_{:05x5}.jpg", "img_{number}.jpg", "img_{", "{}_{}.jpg", "{:s}.jpg"]
+)
+def test_a_template_that_does_not_take_a_number_is_an_error_of_its_key(image_tmpl):
+    with pytest.raises(ConfigError, match="data.image_tmpl: ") as caught:
+        FrameFolderReader("root", image_tmpl)
+    assert repr(image_tmpl) in caught.value.line
+
+
+def break_missing(path):
+    os.remove(path)
+
+
+def break_truncated(path):
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) * 2 // 3)
+
+
+def break_text(path):
+    with open(path, "w") as file:
+        file.write("not a picture")
+
+
+def break_empty(path):
+    open(path, "w").close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (break_missing, "frame missing"),
+        (break_truncated, "frame unreadable"),
+        (break_text, "frame unreadable"),
+        (break_empty, "frame unreadable"),
+    ],
+)
+def test_a_broken_frame_is_named_with_its_place_in_the_list(make_frame_folders, damage, problem):
+    root, list_path = make_frame_folders([4, 4])
+    path = os.path.join(root, "video 1", "img_00003.jpg")
+    damage(path)
+    for dataset, key in (
+        (train_dataset((root, list_path), random_shift=False), (0, 1)),
+        (eval_dataset((root, list_path)), 1),
+    ):
+        with pytest.raises(DataError) as caught:
+            dataset[key]
+        assert caught.value.line.startswith(f"{path}: {problem}")
+        assert f"listed at {list_path}:2 with 4 frames" in caught.value.line
+        assert "\n" not in str(caught.value)
+
+
+# Training
+
+
+def test_a_training_sample_is_a_function_of_seed_epoch_and_index(make_frame_folders):
+    paths = make_frame_folders([30, 30])
+    first, again = train_dataset(paths), train_dataset(paths)
+    for key in ((0, 0), (1, 0), (0, 1)):
+        assert torch.equal(first[key]["clips"], again[key]["clips"])
+    assert not torch.equal(first[0, 0]["clips"], first[1, 0]["clips"])
+    again.seed = 4
+    assert not torch.equal(first[0, 0]["clips"], again[0, 0]["clips"])
+
+
+def test_a_training_sample_does_not_touch_the_global_generators(make_frame_folders):
+    dataset = train_dataset(make_frame_folders([30]))
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    dataset[0, 0]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_a_training_sample_has_a_clip_and_a_label_per_repeat(make_frame_folders):
+    dataset = train_dataset(make_frame_folders([30, 30, 30]), num_sample=2)
+    sample = dataset[0, 2]
+    assert sample["clips"].shape == (2, 4, 3, 32, 32)
+    assert sample["clips"].dtype == torch.uint8
+    assert sample["clips"].is_contiguous()
+    assert sample["labels"].tolist() == [2, 2]
+    assert sample["labels"].dtype == sample["indices"].dtype == torch.int64
+    assert sample["indices"].tolist() == [2]
+
+
+def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folders):
+    paths = make_frame_folders([30])
+    one, two = train_dataset(paths), train_dataset(paths, num_sample=2)
+    two.reader = CountingReader(paths[0])
+    first, second = two[5, 0]["clips"]
+    assert torch.equal(first, one[5, 0]["clips"][0])
+    assert not torch.equal(first, second)
+    assert two.reader.asked == [one.sample(one.records[0], 5, 0).tolist()]
+    two.transform = lambda frames, label, rng: (EvalTransform("kinetics", 32)(frames)[0], label)
+    first, second = two[5, 0]["clips"]
+    assert torch.equal(first, second)
+
+
+def test_each_repeat_follows_its_own_flip(make_frame_folders):
+    dataset = train_dataset(make_frame_folders([4]), num_sample=8)
+    labels = torch.cat([dataset[epoch, 0]["labels"] for epoch in range(4)])
+    assert set(labels.tolist()) == {0, 1}
+
+
+def test_a_frame_that_a_clip_repeats_is_read_once(make_frame_folders):
+    dataset = train_dataset(paths := make_frame_folders([2]))
+    dataset.reader = CountingReader(paths[0])
+    clips = dataset[0, 0]["clips"][0]
+    indices = dataset.sample(dataset.records[0], 0, 0).tolist()
+    assert dataset.reader.asked == [[0, 1]]
+    for t, index in enumerate(indices):
+        assert torch.equal(clips[t], clips[indices.index(index)])
+    assert not torch.equal(clips[0], clips[-1])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_without_random_shift_training_takes_the_frames_of_validation(make_frame_folders, dense):
+    dataset = train_dataset(make_frame_folders([30]), random_shift=False, dense=dense)
+    expected = sample_test(30, 4, "kinetics", dense=dense)[0].tolist()
+    assert all(dataset.sample(dataset.records[0], epoch, 0).tolist() == expected for epoch in range(3))
+
+
+def test_dense_training_takes_dense_frames(make_frame_folders):
+    dataset = train_dataset(make_frame_folders([5]), dense=True)
+    assert dataset.sample(dataset.records[0], 0, 0).tolist() == [0, 2, 4, 1]
+
+
+# Evaluation
+
+
+def test_the_views_of_a_video_are_its_clips_crop_by_crop(make_frame_folders):
+    paths = make_frame_folders([30, 21], size=(60, 40))
+    dataset = eval_dataset(paths, num_crops=3, num_clips=2)
+    sample = dataset[1]
+    assert sample["clips"].shape == (6, 4, 3, 32, 32)
+    assert sample["clips"].is_contiguous()
+    assert sample["labels"].tolist() == sample["indices"].tolist() == [1]
+    transform = EvalTransform("kinetics", 32, 3)
+    for clip, indices in enumerate(sample_test(21, 4, "kinetics", 2)):
+        crops = transform(dataset.reader.read(dataset.records[1], indices.tolist()))
+        for crop in range(3):
+            assert torch.equal(sample["clips"][crop * 2 + clip], crops[crop])
+
+
+def test_a_frame_that_clips_share_is_read_once(make_frame_folders):
+    dataset = eval_dataset(paths := make_frame_folders([3]), num_clips=4)
+    dataset.reader = CountingReader(paths[0])
+    assert dataset[0]["clips"].shape == (4, 4, 3, 32, 32)
+    assert dataset.reader.asked == [[0, 1, 2]]
+
+
+def test_an_evaluation_sample_equals_pillow_on_the_frames_of_validation(make_frame_folders):
+    root, _ = paths = make_frame_folders([10], size=(50, 40))
+    clip = eval_dataset(paths)[0]["clips"][0]
+    for pixels, number in zip(clip, (1, 3, 6, 8), strict=True):  # int(2.5 i), counted from one
+        with Image.open(f"{root}/video 0/img_{number:05d}.jpg") as frame:
+            expected = frame.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32))
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(expected))

@@ -1,0 +1,171 @@
+"""Train a side network beside a frozen tower.
+
+    sh scripts/run_train_vision.sh CONFIG [--output DIR] [key=value ...]
+    python train.py --config CONFIG [--output DIR] [key=value ...]        one device, no launcher
+"""
+
+import argparse
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dotmap import DotMap
+
+from datasets.loaders import build_eval_loader, build_train_loader
+from modules import build_model
+from modules.side4video import Side4Video
+from utils.checkpoint import load_model_state, model_state, read_checkpoint, save_checkpoint, write_atomically
+from utils.config import load_config
+from utils.distributed import close_distributed, from_first, get_rank, get_world_size, init_distributed
+from utils.engine import evaluate, train_one_epoch
+from utils.errors import ConfigError, run_program
+from utils.logger import setup_logging
+from utils.metrics import topk_accuracy
+from utils.optim import build_optimizer
+from utils.precision import resolve_precision
+from utils.seeding import seed_everything
+from utils.summary import describe_run
+
+LAST, BEST = "last_model.pt", "model_best.pt"
+
+log = logging.getLogger("train")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a side network beside a frozen tower.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see docs/configuration.md")
+    parser.add_argument("--output", metavar="DIR", help="default: exp_onehot/<dataset>/<arch>/<time>")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    args = parser.parse_intermixed_args(argv)
+    config = load_config(args.config, args.overrides, purpose="train")
+    train(config, args.output)
+    close_distributed()
+
+
+def train(config: DotMap, output: str | None = None, build: Callable[..., Side4Video] = build_model) -> float:
+    """Run the whole training and return the best validation top-1 in percent (-1.0 if nothing was evaluated).
+
+    Args:
+        config: of `load_config`.
+        output: folder for checkpoints, log and the resolved configuration.
+        build: what makes the model of a configuration; experiments pass their own.
+    """
+    device = init_distributed()
+    output = from_first(prepare_output(config, output) if get_rank() == 0 else None)
+    setup_logging(output / "train.log")
+    log.info("output: %s", output)
+
+    seed_everything(config.seed)
+    start = read_checkpoint(config.resume or config.pretrain) if config.resume or config.pretrain else None
+    model = build(config, load_tower=start is None or start["tower"] is None)
+    if start is not None:
+        load_model_state(model, start, config.resume or config.pretrain)
+    model.to(device)
+    if get_world_size() > 1:
+        model.parallelize()
+
+    precision = resolve_precision(config.solver.precision, device)
+    val_loader = build_eval_loader(config, get_rank(), get_world_size())
+    if config.solver.evaluate:
+        return validate(model, val_loader, precision, config)
+    train_loader = build_train_loader(config, get_rank(), get_world_size())
+    optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
+    for line in describe_run(config, model, train_loader, val_loader, precision):
+        log.info(line)
+
+    first_epoch, best = config.solver.start_epoch, -1.0
+    if config.resume:
+        first_epoch, best = resume(start, optimizer, scaler, config)
+    frozen = model_state(model)
+    for epoch in range(first_epoch, config.solver.epochs):
+        seed_everything(config.seed, epoch, get_rank())
+        train_loader.sampler.set_epoch(epoch)
+        loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config)
+        model.broadcast_buffers()
+
+        accuracy = -1.0
+        if is_evaluated(epoch, config):
+            accuracy = validate(model, val_loader, precision, config)
+        improved, best = accuracy > best, max(accuracy, best)
+        log.info("epoch %d done: loss %.4f, best top-1 %.2f", epoch, loss, best)
+        if get_rank() == 0:
+            state = {
+                **frozen,
+                "trained": model.trained.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "epoch": epoch + 1,
+                "best_accuracy": best,
+                "config": config.toDict(),
+                "class_names": val_loader.dataset.class_names,
+            }
+            save_checkpoint(output / LAST, state)
+            if improved:
+                write_atomically(output / BEST, lambda file: copy_into(output / LAST, file))
+    return best
+
+
+def prepare_output(config: DotMap, output: str | None) -> Path:
+    """Make the run's folder and put the resolved configuration into it; a folder with another run's checkpoint is refused."""
+    architecture = config.network.arch.replace("/", "-")
+    default = Path("exp_onehot", config.data.dataset, architecture, time.strftime("%Y%m%d_%H%M%S"))
+    folder = Path(output) if output else default
+    goes_on = config.resume and Path(config.resume).resolve().parent == folder.resolve()
+    if (folder / LAST).exists() and not goes_on:
+        raise ConfigError(
+            f"--output {folder}: holds {LAST} of another run; choose another folder, or go on with resume={folder / LAST}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.toDict(), sort_keys=False)
+    write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
+    return folder
+
+
+def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float]:
+    """Restore optimizer and scaler; the rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
+    for key, old, new in differences(checkpoint["config"], config.toDict()):
+        log.warning("resume: %s was %s and is %s now", key, old, new)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    scaler.load_state_dict(checkpoint["scaler"])
+    log.info("resume: epoch %d, best top-1 so far %.2f", checkpoint["epoch"], checkpoint["best_accuracy"])
+    return checkpoint["epoch"], checkpoint["best_accuracy"]
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Keys whose values changed between two resolved configurations, but for `resume` itself."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = prefix + key, old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b and name not in ("resume", "pretrain"):
+            found.append((name, a, b))
+    return found
+
+
+def is_evaluated(epoch: int, config: DotMap) -> bool:
+    """Every `eval_freq` epochs and after the last one, but never an epoch of `skip_epoch`."""
+    due = (epoch + 1) % config.logging.eval_freq == 0 or epoch + 1 == config.solver.epochs
+    return due and epoch not in config.logging.skip_epoch
+
+
+def validate(model: Side4Video, loader: Any, precision: Any, config: DotMap) -> float:
+    """One view of every validation video; logs and returns top-1 in percent."""
+    scores = evaluate(model, loader, precision, config)
+    top1, top5 = (topk_accuracy(scores, loader.dataset.labels, k) for k in (1, 5))
+    log.info("validation: top-1 %.2f, top-5 %.2f on %d videos", top1, top5, len(scores))
+    return top1
+
+
+def copy_into(path: Path, file: Any) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, file)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,153 @@
+"""One epoch of training, and evaluation."""
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from dotmap import DotMap
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets.loaders import view_batch
+from datasets.transforms import CLIP_MEAN, CLIP_STD, normalize_clips
+from modules.side4video import Side4Video
+from utils.distributed import all_reduce, get_rank, get_world_size
+from utils.errors import UserError
+from utils.optim import lr_factor, set_learning_rate
+from utils.precision import Precision
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite."""
+
+
+class LossMonitor:
+    """Mean loss over all processes, and the first step whose loss was not finite.
+
+    Both live on the device, so that only a report, and not every step, waits for it.
+    """
+
+    def __init__(self, epoch: int, device: torch.device):
+        self._epoch = epoch
+        self._sum = torch.zeros(2, dtype=torch.float64, device=device)  # loss, steps
+        self._first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
+
+    def update(self, loss: Tensor, step: int) -> None:
+        loss = loss.detach().double()
+        self._sum += torch.stack([loss, torch.ones_like(loss)])
+        self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=step))
+
+    def report(self) -> float:
+        """Mean loss since the last report. Every process must call it at the same step.
+
+        Raises:
+            NonFiniteLossError: on all processes together, naming the first such step of any of them.
+        """
+        first_bad = all_reduce(self._first_bad, torch.distributed.ReduceOp.MIN).item()
+        if first_bad < math.inf:
+            raise NonFiniteLossError(
+                f"the loss is not finite at epoch {self._epoch}, iteration {int(first_bad)}; last_model.pt, if there is "
+                "one, holds the epoch before; try a lower solver.lr, solver.clip_grad, or solver.precision bf16 or fp32"
+            )
+        total, steps = all_reduce(self._sum).tolist()
+        self._sum.zero_()
+        return total / steps
+
+
+def train_one_epoch(
+    model: Side4Video,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+    epoch: int,
+    config: DotMap,
+) -> float:
+    """Train for one epoch and return the mean loss over its last reported stretch.
+
+    `len(loader)` is a multiple of `grad_accumulation_steps`, so no gradient is left over at the end.
+
+    Raises:
+        NonFiniteLossError: at the next report after the step that it names.
+    """
+    solver, accumulation = config.solver, config.solver.grad_accumulation_steps
+    criterion = nn.CrossEntropyLoss(label_smoothing=solver.smoothing)
+    monitor = LossMonitor(epoch, precision.device)
+    model.train()
+    mean_loss, started, waited = math.nan, time.perf_counter(), 0.0
+    since, batches = 0, iter(loader)
+    for iteration in range(len(loader)):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+
+        set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
+        clips = batch["clips"].to(precision.device, non_blocking=True)
+        labels = batch["labels"].to(precision.device, non_blocking=True)
+        update = (iteration + 1) % accumulation == 0
+        with nullcontext() if update else model.no_sync():
+            with precision.autocast():
+                logits = model(normalize_clips(clips, CLIP_MEAN, CLIP_STD))
+            loss = criterion(logits.float(), labels)
+            scaler.scale(loss / accumulation).backward()
+        if update:
+            if solver.clip_grad is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.trained.parameters(), solver.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        monitor.update(loss, iteration)
+        if (iteration + 1) % config.logging.print_freq == 0 or iteration + 1 == len(loader):
+            mean_loss = monitor.report()
+            now, steps = time.perf_counter(), iteration + 1 - since
+            log.info(
+                "epoch %d [%d/%d] loss %.4f, lr %.2e, %.3f s a step, of which %.3f s waiting for data",
+                *(epoch, iteration + 1, len(loader), mean_loss),
+                *(optimizer.param_groups[0]["lr"], (now - started) / steps, waited / steps),
+            )
+            started, waited, since = now, 0.0, iteration + 1
+    return mean_loss
+
+
+@torch.no_grad()
+def evaluate(model: Side4Video, loader: DataLoader, precision: Precision, config: DotMap) -> np.ndarray:
+    """Mean over views of softmax(logits), for every video of the list.
+
+    Each process scores its own videos; the rows are then put together, so every video is counted once on any number of
+    processes.
+
+    Args:
+        loader: of `build_eval_loader`; `test.view_batch` of its views go through the model at once.
+
+    Returns:
+        float32 (videos, K), in list order, on every process.
+    """
+    num_videos, num_classes = len(loader.dataset), config.data.num_classes
+    scores = torch.zeros(num_videos, num_classes, device=precision.device)
+    counted = torch.zeros(num_videos, device=precision.device)
+    model.eval()
+    progress = tqdm(total=math.ceil(num_videos / get_world_size()), unit="video", disable=None if get_rank() == 0 else True)
+    for batch in loader:
+        chunks = []
+        for views in batch["clips"].split(view_batch(config)):
+            clips = views.to(precision.device, non_blocking=True)
+            with precision.autocast():
+                chunks.append(model(normalize_clips(clips, CLIP_MEAN, CLIP_STD)).float())
+        probabilities = torch.cat(chunks).softmax(dim=-1)
+        indices = batch["indices"].to(precision.device, non_blocking=True)
+        scores[indices] = probabilities.view(len(indices), -1, num_classes).mean(dim=1)
+        counted[indices] += 1
+        progress.update(len(indices))
+    progress.close()
+    all_reduce(scores)
+    if not all_reduce(counted).eq(1).all():
+        raise RuntimeError("a video was not counted exactly once; the evaluation loader is at fault")
+    return scores.cpu().numpy()

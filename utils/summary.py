@@ -1,0 +1,66 @@
+"""What runs, said once at the start."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import timm
+import torch
+from dotmap import DotMap
+from torch.utils.data import DataLoader
+
+from modules.side4video import Side4Video
+from utils.distributed import get_world_size
+from utils.precision import Precision
+
+PAPER_GPUS = 8
+
+
+def describe_run(
+    config: DotMap, model: Side4Video, train_loader: DataLoader, val_loader: DataLoader, precision: Precision
+) -> list[str]:
+    """Lines for the start-up log: versions, model, data, batch, steps."""
+    data, solver, world = config.data, config.solver, get_world_size()
+    steps = len(train_loader) // solver.grad_accumulation_steps
+    batch = data.batch_size * world * solver.grad_accumulation_steps
+    device = torch.cuda.get_device_name() if precision.device.type == "cuda" else "CPU"
+    return [
+        f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, commit {git_commit()}",
+        f"{world} process(es) on {device}, precision {precision.name}, seed {config.seed}",
+        *describe_model(config, model),
+        f"data: {data.dataset}, {len(train_loader.dataset)} training and {len(val_loader.dataset)} "
+        f"validation videos, {data.num_classes} classes, {data.num_segments} frames of {data.input_size} pixels"
+        f"{', dense' if data.dense else ''}",
+        f"effective batch: {data.batch_size} videos x {world} process(es) x {solver.grad_accumulation_steps} accumulated "
+        f"= {batch} (x {data.num_sample} clips of each); the paper's {PAPER_GPUS} GPUs would make it "
+        f"{data.batch_size * PAPER_GPUS * solver.grad_accumulation_steps}; solver.lr {solver.lr:g} is used as it stands",
+        f"steps: {steps} updates an epoch, {steps * solver.epochs} in {solver.epochs} epochs, "
+        f"{solver.type} after {solver.lr_warmup_step} epochs of warm-up",
+    ]
+
+
+def describe_model(config: DotMap, model: Side4Video) -> list[str]:
+    """Parameters of each part, frozen and trained."""
+    tower, side, head = model.backbone, model.trained.side, model.trained.head
+    frozen, trained = _count(tower), _count(model.trained)
+    return [
+        f"tower: {config.network.arch}, {tower.num_blocks} blocks of width {tower.width}, {tower.num_patches} patches, "
+        f"{tower.weight_file or 'no weight file'}: {frozen / 1e6:.2f} M frozen",
+        f"side network: {len(side.blocks)} blocks of width {side.pos.shape[1]}: {_count(side) / 1e6:.2f} M; "
+        f"head: {_count(head) / 1e6:.2f} M",
+        f"parameters: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M in all",
+    ]
+
+
+def git_commit() -> str:
+    """Short hash of the checked-out commit, `+` after it when tracked files were changed, `unknown` without git."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
