@@ -1,8 +1,8 @@
 """Multi-view test of a checkpoint: every video of `data.val_list` once, exact top-1 and top-5.
 
-    sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
-                                  [--save_scores FILE] [--precision P] [key=value ...]
-    python test.py --config CONFIG --weights CHECKPOINT [...]             one device, no launcher
+sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
+                              [--save_scores FILE] [--precision P] [key=value ...]
+python test.py --config CONFIG --weights CHECKPOINT [...]             one device, no launcher
 """
 
 import argparse
@@ -32,7 +32,9 @@ log = logging.getLogger("test")
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test.py", description="Multi-view test of a checkpoint.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see docs/configuration.md")
-    parser.add_argument("--weights", required=True, metavar="CHECKPOINT", help="model_best.pt or last_model.pt of a run")
+    parser.add_argument(
+        "--weights", required=True, metavar="CHECKPOINT", help="model_best.pt or last_model.pt of a run"
+    )
     parser.add_argument("--test_crops", type=int, choices=(1, 3, 5, 10), default=1, help="crops of a clip")
     parser.add_argument("--test_clips", type=int, default=1, metavar="N", help="clips of a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, as data.dense=True")
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 
 def save_scores(path: Path, paths: list[str], labels: np.ndarray, scores: np.ndarray, protocol: dict) -> None:
-    """Write an npz atomically: `paths` (str), `labels` (int64), `scores` (float32, videos x K), in list order, `protocol` (JSON)."""
+    """Write an npz atomically: `paths` (str), `labels` (int64), `scores` (float32, videos x K), `protocol` (JSON)."""
     arrays = {
         "paths": np.array(paths, dtype=str),
         "labels": np.asarray(labels, dtype=np.int64),

@@ -1,7 +1,7 @@
 """Train a side network beside a frozen tower.
 
-    sh scripts/run_train_vision.sh CONFIG [--output DIR] [key=value ...]
-    python train.py --config CONFIG [--output DIR] [key=value ...]        one device, no launcher
+sh scripts/run_train_vision.sh CONFIG [--output DIR] [key=value ...]
+python train.py --config CONFIG [--output DIR] [key=value ...]        one device, no launcher
 """
 
 import argparse
@@ -72,6 +72,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     val_loader = build_eval_loader(config, get_rank(), get_world_size())
     if config.solver.evaluate:
         return validate(model, val_loader, precision, config)
+    check_batch(config, model)
     train_loader = build_train_loader(config, get_rank(), get_world_size())
     optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
     for line in describe_run(config, model, train_loader, val_loader, precision):
@@ -91,7 +92,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
         if is_evaluated(epoch, config):
             accuracy = validate(model, val_loader, precision, config)
         improved, best = accuracy > best, max(accuracy, best)
-        log.info("epoch %d done: loss %.4f, best top-1 %.2f", epoch, loss, best)
+        log.info("epoch %d done: loss %.4f, best top-1 %s", epoch, loss, f"{best:.2f}" if best >= 0 else "none yet")
         if get_rank() == 0:
             state = {
                 **frozen,
@@ -109,15 +110,24 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     return best
 
 
+def check_batch(config: DotMap, model: Side4Video) -> None:
+    """Refuse a batch of one clip where the last BatchNorm would make every clip's mean feature the same."""
+    if config.data.batch_size * config.data.num_sample == 1 and model.trained.side.norm_placement == "pre":
+        raise ConfigError(
+            "data.batch_size: a process needs at least 2 clips in a batch: over a single one, the BatchNorm after the "
+            "last side block leaves the same mean feature whatever the clip shows, and nothing is learnt"
+        )
+
+
 def prepare_output(config: DotMap, output: str | None) -> Path:
-    """Make the run's folder and put the resolved configuration into it; a folder with another run's checkpoint is refused."""
+    """Make the run's folder, with the resolved configuration in it; one with another run's checkpoint is refused."""
     architecture = config.network.arch.replace("/", "-")
     default = Path("exp_onehot", config.data.dataset, architecture, time.strftime("%Y%m%d_%H%M%S"))
     folder = Path(output) if output else default
     goes_on = config.resume and Path(config.resume).resolve().parent == folder.resolve()
     if (folder / LAST).exists() and not goes_on:
         raise ConfigError(
-            f"--output {folder}: holds {LAST} of another run; choose another folder, or go on with resume={folder / LAST}"
+            f"--output {folder}: holds {LAST} of another run; choose another folder, or resume={folder / LAST}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.toDict(), sort_keys=False)
@@ -126,7 +136,7 @@ def prepare_output(config: DotMap, output: str | None) -> Path:
 
 
 def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float]:
-    """Restore optimizer and scaler; the rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
+    """Restore optimizer and scaler; rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
     for key, old, new in differences(checkpoint["config"], config.toDict()):
         log.warning("resume: %s was %s and is %s now", key, old, new)
     groups = optimizer.state_dict()["param_groups"]

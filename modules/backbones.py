@@ -78,12 +78,12 @@ class FrozenTower(nn.Module):
             raise ConfigError(f"network.arch: timm cannot build {timm_name} with {kwargs}: {reason}") from error
         if not isinstance(vit, VisionTransformer) or vit.num_prefix_tokens != 1 or vit.cls_token is None:
             raise ConfigError(
-                f"network.arch: {timm_name} is no vision transformer with one class token; other towers are not built yet"
+                f"network.arch: {timm_name} is no vision transformer with one class token; others are not built yet"
             )
         self.patch_size = vit.patch_embed.patch_size[0]
         if input_size % self.patch_size:
             raise ConfigError(
-                f"data.input_size: {input_size} pixels are no multiple of the patch size {self.patch_size} of {timm_name}"
+                f"data.input_size: {input_size} is no multiple of the patch size {self.patch_size} of {timm_name}"
             )
         vit.prune_intermediate_layers(prune_norm=True, prune_head=True)
         self.vit = vit.requires_grad_(False).eval()

@@ -33,7 +33,9 @@ def load_tower_weights(tower: FrozenTower, architecture: Architecture, arch: str
     load_strictly(tower.vit, tensors, f"{path} (network.arch {arch})")
     tower.weight_file = path.name
     unused = len(published) - len(tensors)
-    log.info("tower: %d tensors from %s; %d others not needed (final norm, projection, text)", len(tensors), path, unused)
+    log.info(
+        "tower: %d tensors from %s; %d others not needed (final norm, projection, text)", len(tensors), path, unused
+    )
 
 
 def find_weight_file(architecture: Architecture, arch: str, weights: str | None) -> Path:

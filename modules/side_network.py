@@ -100,7 +100,7 @@ class TemporalConv(nn.Conv3d):
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over B, T and space, that is over rows."""
+    """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over B, T and space, the rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, N, S) -> (B, T, N, S)."""
@@ -108,7 +108,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
 
 def shift_class_token(class_tokens: Tensor) -> Tensor:
-    """(B, T, S) -> (B, T, S): at frame t the first S // 2 channels of frame t + 1, the others of t - 1, zeros beyond."""
+    """(B, T, S) -> (B, T, S): at frame t the first S // 2 channels of t + 1, the others of t - 1, zeros beyond."""
     half = class_tokens.shape[-1] // 2
     shifted = torch.zeros_like(class_tokens)
     shifted[:, :-1, :half] = class_tokens[:, 1:, :half]
@@ -151,7 +151,7 @@ def _with_norm(placement: NormPlacement, norm: nn.Module, branch: Callable[[Tens
 
 
 class LayerProjection(nn.Module):
-    """Tower tokens of one block to the side width: `pre` normalises before the Linear (over D), `post` after it (over S)."""
+    """Tower tokens to the side width: `pre` normalises before the Linear (over D), `post` after it (over S)."""
 
     def __init__(self, backbone_width: int, side_width: int, norm_placement: NormPlacement):
         super().__init__()
@@ -212,6 +212,7 @@ class SideNetwork(nn.Module):
         super().__init__()
         if side_width < HEAD_WIDTH or side_width % HEAD_WIDTH:
             raise ValueError(f"side width {side_width} is no multiple of {HEAD_WIDTH}, the width of an attention head")
+        self.norm_placement = norm_placement
         self.stem = TubeletStem(side_width, patch_size)
         self.stem_bn = TokenBatchNorm(side_width)
         self.pos = nn.Parameter(torch.empty(num_patches, side_width))

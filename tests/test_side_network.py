@@ -105,7 +105,9 @@ def test_a_frame_changes_only_frames_within_reach(placement):
     changed_tokens[0][:, 4] += 1 + torch.randn(sizes["backbone_width"], dtype=torch.float64)
     side(clips, changed_tokens)
     plain, pixels, features = captured
-    frames_differ = [(plain != other).flatten(2).any(-1)[0].nonzero().flatten().tolist() for other in (pixels, features)]
+    frames_differ = [
+        (plain != other).flatten(2).any(-1)[0].nonzero().flatten().tolist() for other in (pixels, features)
+    ]
     assert frames_differ == [[2, 3, 4, 5, 6], [3, 4, 5]]
 
 

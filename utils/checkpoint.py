@@ -13,8 +13,8 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
     config            the resolved configuration
     class_names       list, or None
 
-Random states are not stored because none carries over: every draw of data derives from (seed, epoch, index, repeat), and
-the global generators are seeded from (seed, epoch, process) at the start of each epoch.
+Random states are not stored because none carries over an epoch: every draw of data derives from (seed, epoch, index,
+repeat), and the global generators are seeded from (seed, epoch, process) at the start of each.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def load_model_state(model: Side4Video, checkpoint: dict[str, Any], source: str 
     load_strictly(model.trained, checkpoint["trained"], str(source))
     if (found := hash_tensors(model.backbone.state_dict())) != checkpoint["tower_sha256"]:
         raise CheckpointError(
-            f"{source}: was trained beside another frozen tower ({checkpoint['tower_file'] or 'kept in the checkpoint'}, "
+            f"{source}: was trained beside another frozen tower ({checkpoint['tower_file'] or 'held by the file'}, "
             f"SHA-256 of its tensors {checkpoint['tower_sha256'][:12]}, here {found[:12]}); check network.arch, "
             "network.init and network.weights"
         )

@@ -52,8 +52,8 @@ class LossMonitor:
         first_bad = all_reduce(self._first_bad, torch.distributed.ReduceOp.MIN).item()
         if first_bad < math.inf:
             raise NonFiniteLossError(
-                f"the loss is not finite at epoch {self._epoch}, iteration {int(first_bad)}; last_model.pt, if there is "
-                "one, holds the epoch before; try a lower solver.lr, solver.clip_grad, or solver.precision bf16 or fp32"
+                f"the loss is not finite at epoch {self._epoch}, iteration {int(first_bad)}; last_model.pt is that of "
+                "the epoch before; try a lower solver.lr, solver.clip_grad, or solver.precision bf16 or fp32"
             )
         total, steps = all_reduce(self._sum).tolist()
         self._sum.zero_()
@@ -134,7 +134,9 @@ def evaluate(model: Side4Video, loader: DataLoader, precision: Precision, config
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
     model.eval()
-    progress = tqdm(total=math.ceil(num_videos / get_world_size()), unit="video", disable=None if get_rank() == 0 else True)
+    progress = tqdm(
+        total=math.ceil(num_videos / get_world_size()), unit="video", disable=None if get_rank() == 0 else True
+    )
     for batch in loader:
         chunks = []
         for views in batch["clips"].split(view_batch(config)):

@@ -21,19 +21,19 @@ def describe_run(
 ) -> list[str]:
     """Lines for the start-up log: versions, model, data, batch, steps."""
     data, solver, world = config.data, config.solver, get_world_size()
-    steps = len(train_loader) // solver.grad_accumulation_steps
-    batch = data.batch_size * world * solver.grad_accumulation_steps
+    accumulated = solver.grad_accumulation_steps
+    steps, batch = len(train_loader) // accumulated, data.batch_size * accumulated
     device = torch.cuda.get_device_name() if precision.device.type == "cuda" else "CPU"
     return [
-        f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, commit {git_commit()}",
-        f"{world} process(es) on {device}, precision {precision.name}, seed {config.seed}",
+        f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
+        f"commit {git_commit()}, seed {config.seed}, {world} process(es) on {device}, precision {precision.name}",
         *describe_model(config, model),
         f"data: {data.dataset}, {len(train_loader.dataset)} training and {len(val_loader.dataset)} "
         f"validation videos, {data.num_classes} classes, {data.num_segments} frames of {data.input_size} pixels"
         f"{', dense' if data.dense else ''}",
-        f"effective batch: {data.batch_size} videos x {world} process(es) x {solver.grad_accumulation_steps} accumulated "
-        f"= {batch} (x {data.num_sample} clips of each); the paper's {PAPER_GPUS} GPUs would make it "
-        f"{data.batch_size * PAPER_GPUS * solver.grad_accumulation_steps}; solver.lr {solver.lr:g} is used as it stands",
+        f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
+        f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
+        f"and solver.lr {solver.lr:g} is not rescaled",
         f"steps: {steps} updates an epoch, {steps * solver.epochs} in {solver.epochs} epochs, "
         f"{solver.type} after {solver.lr_warmup_step} epochs of warm-up",
     ]
@@ -48,7 +48,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
         f"{tower.weight_file or 'no weight file'}: {frozen / 1e6:.2f} M frozen",
         f"side network: {len(side.blocks)} blocks of width {side.pos.shape[1]}: {_count(side) / 1e6:.2f} M; "
         f"head: {_count(head) / 1e6:.2f} M",
-        f"parameters: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M in all",
+        f"in all: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M total",
     ]
 
 
