@@ -1,0 +1,23 @@
+"""What a figure was measured on: printed above every result."""
+
+import os
+import platform
+import time
+
+import torch
+
+from utils.summary import git_commit
+
+
+def describe_machine() -> str:
+    """One line: date, commit, processor, cores, GPU, versions."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        processor = names[0] if names else processor
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{time.strftime('%Y-%m-%d')}, commit {git_commit()}, {processor}, {os.cpu_count()} cores, {gpu}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
