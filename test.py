@@ -1,5 +1,8 @@
 """Multi-view test of a checkpoint: every video of `data.val_list` once, exact top-1 and top-5.
 
+A list whose labels are all -1 gets scores only. A video that cannot be read has NaN scores and counts as wrong (frame
+folders: with data.on_error=skip, else it ends the run).
+
 sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
                               [--save_scores FILE] [--precision P] [key=value ...]
 python test.py --config CONFIG --weights CHECKPOINT [...]             one device, no launcher
@@ -13,15 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.annotations import UNLABELLED
 from datasets.loaders import build_eval_loader
 from modules import build_model
-from utils.checkpoint import load_model_state, read_checkpoint, write_atomically
+from utils.checkpoint import holds_tower, load_model_state, read_checkpoint, write_atomically
+from utils.class_names import class_order
 from utils.config import load_config
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
 from utils.engine import evaluate
-from utils.errors import run_program
+from utils.errors import DataError, run_program
 from utils.logger import setup_logging
-from utils.metrics import topk_accuracy
+from utils.metrics import class_accuracy, topk_accuracy
 from utils.precision import resolve_precision
 from utils.seeding import seed_everything
 from utils.summary import describe_model
@@ -33,7 +38,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test.py", description="Multi-view test of a checkpoint.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see docs/configuration.md")
     parser.add_argument(
-        "--weights", required=True, metavar="CHECKPOINT", help="model_best.pt or last_model.pt of a run"
+        "--weights", required=True, metavar="CHECKPOINT", help="model_best.pt of a run, or a released checkpoint"
     )
     parser.add_argument("--test_crops", type=int, choices=(1, 3, 5, 10), default=1, help="crops of a clip")
     parser.add_argument("--test_clips", type=int, default=1, metavar="N", help="clips of a video")
@@ -53,24 +58,37 @@ def main(argv: list[str]) -> None:
     setup_logging()
     seed_everything(config.seed)
     checkpoint = read_checkpoint(args.weights)
-    model = build_model(config, load_tower=checkpoint["tower"] is None)
+    model = build_model(config, load_tower=not holds_tower(checkpoint))
     load_model_state(model, checkpoint, args.weights)
     model.to(device)
     precision = resolve_precision(config.solver.precision, device)
-    loader = build_eval_loader(config, get_rank(), get_world_size(), clips=args.test_clips, crops=args.test_crops)
+    loader = build_eval_loader(
+        config, get_rank(), get_world_size(), clips=args.test_clips, crops=args.test_crops, unlabelled=True
+    )
+    labels = loader.dataset.labels
+    labelled = labels[0] != UNLABELLED
+    if not labelled and not args.save_scores:
+        raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
+    class_names, trained_names = loader.dataset.class_names, checkpoint.get("class_names")
+    columns = class_order(class_names, trained_names, args.weights, config.test.remap_labels)
     for line in describe_model(config, model):
         log.info(line)
 
     started = time.perf_counter()
-    scores = evaluate(model, loader, precision, config)
+    scores = evaluate(model, loader, precision, config)[:, columns]
     seconds = time.perf_counter() - started
-    labels = loader.dataset.labels
-    top1, top5 = (topk_accuracy(scores, labels, k) for k in (1, 5))
+    accuracy = "no labels"
+    if labelled:
+        accuracy = "top-1 {:.2f}, top-5 {:.2f}".format(*(topk_accuracy(scores, labels, k) for k in (1, 5)))
     views = f"{config.data.num_segments} frames x {args.test_crops} crops x {args.test_clips} clips"
     log.info(
-        "%s%s on %d videos: top-1 %.2f, top-5 %.2f, %.3f s a video",
-        *(views, " (dense)" if config.data.dense else "", len(scores), top1, top5, seconds / len(scores)),
+        "%s%s on %d videos: %s, %.3f s a video",
+        *(views, " (dense)" if config.data.dense else "", len(scores), accuracy, seconds / len(scores)),
     )
+    names = class_names or trained_names
+    if labelled and names:
+        lowest = list(class_accuracy(scores, labels).items())[:5]
+        log.info("lowest top-1: %s", ", ".join(f"{names[label]} {top1:.2f}" for label, top1 in lowest))
     if args.save_scores and get_rank() == 0:
         protocol = {
             "dataset": config.data.dataset,
@@ -83,19 +101,32 @@ def main(argv: list[str]) -> None:
             "checkpoint": str(args.weights),
             "list": config.data.val_list,
         }
-        save_scores(Path(args.save_scores), [r.path for r in loader.dataset.records], labels, scores, protocol)
+        paths = [record.path for record in loader.dataset.records]
+        save_scores(Path(args.save_scores), paths, labels, scores, protocol, names)
         log.info("scores: %s", args.save_scores)
     close_distributed()
 
 
-def save_scores(path: Path, paths: list[str], labels: np.ndarray, scores: np.ndarray, protocol: dict) -> None:
-    """Write an npz atomically: `paths` (str), `labels` (int64), `scores` (float32, videos x K), `protocol` (JSON)."""
+def save_scores(
+    path: Path,
+    paths: list[str],
+    labels: np.ndarray,
+    scores: np.ndarray,
+    protocol: dict,
+    class_names: list[str] | None = None,
+) -> None:
+    """Write an npz atomically: `paths` (str), `labels` (int64), `scores` (float32, videos x K), `protocol` (JSON).
+
+    If the names of the K classes are known, they are `class_names` (str).
+    """
     arrays = {
         "paths": np.array(paths, dtype=str),
         "labels": np.asarray(labels, dtype=np.int64),
         "scores": np.asarray(scores, dtype=np.float32),
         "protocol": np.array(json.dumps(protocol)),
     }
+    if class_names:
+        arrays["class_names"] = np.array(class_names, dtype=str)
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 

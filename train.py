@@ -15,14 +15,23 @@ from typing import Any
 import yaml
 from dotmap import DotMap
 
-from datasets.loaders import build_eval_loader, build_train_loader
+from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
 from modules import build_model
 from modules.side4video import Side4Video
-from utils.checkpoint import load_model_state, model_state, read_checkpoint, save_checkpoint, write_atomically
+from utils.checkpoint import (
+    holds_tower,
+    is_official,
+    load_model_state,
+    model_state,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from utils.class_names import class_order, names_differ
 from utils.config import load_config
-from utils.distributed import close_distributed, from_first, get_rank, get_world_size, init_distributed
+from utils.distributed import close_distributed, from_first, gather, get_rank, get_world_size, init_distributed
 from utils.engine import evaluate, train_one_epoch
-from utils.errors import ConfigError, run_program
+from utils.errors import CheckpointError, ConfigError, run_program
 from utils.logger import setup_logging
 from utils.metrics import topk_accuracy
 from utils.optim import build_optimizer
@@ -59,17 +68,19 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     setup_logging(output / "train.log")
     log.info("output: %s", output)
 
+    val_loader = build_eval_loader(config, get_rank(), get_world_size())
+    class_names = val_loader.dataset.class_names
     seed_everything(config.seed)
-    start = read_checkpoint(config.resume or config.pretrain) if config.resume or config.pretrain else None
-    model = build(config, load_tower=start is None or start["tower"] is None)
+    source = config.resume or config.pretrain
+    start = read_checkpoint(source) if source else None
+    model = build(config, load_tower=start is None or not holds_tower(start))
     if start is not None:
-        load_model_state(model, start, config.resume or config.pretrain)
+        load_start(model, start, source, config, class_names)
     model.to(device)
     if get_world_size() > 1:
         model.parallelize()
 
     precision = resolve_precision(config.solver.precision, device)
-    val_loader = build_eval_loader(config, get_rank(), get_world_size())
     if config.solver.evaluate:
         return validate(model, val_loader, precision, config)
     check_batch(config, model)
@@ -86,6 +97,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
         seed_everything(config.seed, epoch, get_rank())
         train_loader.sampler.set_epoch(epoch)
         loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config)
+        report_replaced(train_loader, epoch)
         model.broadcast_buffers()
 
         accuracy = -1.0
@@ -102,12 +114,28 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
                 "epoch": epoch + 1,
                 "best_accuracy": best,
                 "config": config.toDict(),
-                "class_names": val_loader.dataset.class_names,
+                "class_names": class_names,
             }
             save_checkpoint(output / LAST, state)
             if improved:
                 write_atomically(output / BEST, lambda file: copy_into(output / LAST, file))
     return best
+
+
+def load_start(
+    model: Side4Video, start: dict[str, Any], source: str, config: DotMap, class_names: list[str] | None
+) -> None:
+    """Fill the model from the checkpoint of `resume` or `pretrain`.
+
+    Only a new training may go on to another input size, or to other classes, for which the head is made anew.
+    """
+    new = not config.resume and not config.solver.evaluate
+    head_kept = load_model_state(model, start, source, new_head=new, new_size=not config.resume)
+    if head_kept and new and names_differ(class_names, start.get("class_names")):
+        model.trained.head.reset_parameters()
+        log.info("pretrain: %s was trained on other class names; the head is made anew", source)
+    elif head_kept:
+        class_order(class_names, start.get("class_names"), source)
 
 
 def check_batch(config: DotMap, model: Side4Video) -> None:
@@ -137,6 +165,8 @@ def prepare_output(config: DotMap, output: str | None) -> Path:
 
 def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float]:
     """Restore optimizer and scaler; rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
+    if is_official(checkpoint):
+        raise CheckpointError(f"{config.resume}: a released checkpoint can only be started from, by pretrain")
     for key, old, new in differences(checkpoint["config"], config.toDict()):
         log.warning("resume: %s was %s and is %s now", key, old, new)
     groups = optimizer.state_dict()["param_groups"]
@@ -156,6 +186,13 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, 
         elif a != b and name not in ("resume", "pretrain"):
             found.append((name, a, b))
     return found
+
+
+def report_replaced(loader: VideoLoader, epoch: int) -> None:
+    """Log the videos of all processes that could not be read, which `data.on_error: skip` replaced."""
+    if unreadable := dict(sorted(gather(loader.unreadable))):
+        first = "; ".join(list(unreadable.values())[:3])
+        log.info("epoch %d: %d training videos could not be read and were replaced: %s", epoch, len(unreadable), first)
 
 
 def is_evaluated(epoch: int, config: DotMap) -> bool:

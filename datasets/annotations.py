@@ -4,52 +4,82 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from utils.errors import DataError
 
-COLUMNS = ("path", "num_frames", "label")
+COLUMNS = {"RGB": ("path", "num_frames", "label"), "video": ("path", "label")}
+UNLABELLED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class VideoRecord:
     """One line of an annotation list.
 
-    path: folder of the video below the data root, may contain spaces
-    num_frames: number of frame files
-    label: class, zero-based
+    path: folder or file of the video below the data root, may contain spaces
+    num_frames: number of frame files, None for a video file
+    label: class, zero-based, or UNLABELLED
     source: "FILE:LINE" of the list, for error messages
     """
 
     path: str
-    num_frames: int
+    num_frames: int | None
     label: int
     source: str
 
 
-def read_annotations(list_path: str, num_classes: int) -> list[VideoRecord]:
-    """Records of a list with lines `path num_frames label` in file order; blank lines are skipped.
+def read_annotations(
+    list_path: str, num_classes: int, modality: str = "RGB", unlabelled: bool = False
+) -> list[VideoRecord]:
+    """Records of a list in file order; blank lines are skipped.
 
-    Columns are split from the right at spaces or tabs. Raises DataError for a file that cannot be read or has no
-    lines, a wrong number of columns, num_frames below 1 and labels outside 0..num_classes-1.
+    Lines read `path num_frames label`, those of `modality` "video" `path label`. Columns are split from the right at
+    spaces or tabs. `unlabelled` accepts a list in which every label is -1. Raises DataError for a file that cannot be
+    read or has no lines, a wrong number of columns, num_frames below 1 and labels outside 0..num_classes-1.
     """
-    records = []
+    columns, records = COLUMNS[modality], []
     for source, line in _lines(list_path):
         if not line:
             continue
-        values = line.rsplit(maxsplit=len(COLUMNS) - 1)
-        if len(values) != len(COLUMNS):
-            raise DataError(f"{source}: a line must read '{' '.join(COLUMNS)}', got {line!r}")
-        path, num_frames, label = values
+        values = line.rsplit(maxsplit=len(columns) - 1)
+        if len(values) != len(columns):
+            raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {line!r}")
+        path, *num_frames, label = values
+        label_name = f"{source}: label (data.num_classes is {num_classes})"
+        if label == str(UNLABELLED):
+            if not unlabelled:
+                raise DataError(f"{source}: label -1 means unlabelled, but training and validation need labels")
+        else:
+            label = _integer(label, label_name, 0, num_classes - 1, line)
         records.append(
             VideoRecord(
                 path=path,
-                num_frames=_integer(num_frames, f"{source}: num_frames", 1, None, line),
-                label=_integer(label, f"{source}: label (data.num_classes is {num_classes})", 0, num_classes - 1, line),
+                num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,
+                label=int(label),
                 source=source,
             )
         )
+        if (records[-1].label == UNLABELLED) != (records[0].label == UNLABELLED):
+            raise DataError(f"{source}: label {label} in a list whose first is {records[0].label}; label all or none")
     if not records:
-        raise DataError(f"{list_path}: the list is empty; write one line '{' '.join(COLUMNS)}' per video")
+        raise DataError(f"{list_path}: the list is empty; write one line '{' '.join(columns)}' per video")
     return records
+
+
+def few_shot(
+    records: list[VideoRecord], shot: int, class_names: list[str], rng: np.random.Generator
+) -> list[VideoRecord]:
+    """`shot` videos of each class, chosen by `rng`, in the order of `records`.
+
+    Raises DataError naming the first class that has fewer.
+    """
+    of_class: list[list[int]] = [[] for _ in class_names]
+    for index in rng.permutation(len(records)).tolist():
+        of_class[records[index].label].append(index)
+    for name, indices in zip(class_names, of_class, strict=True):
+        if len(indices) < shot:
+            raise DataError(f"data.shot: {shot} videos of every class, but {name} has {len(indices)}")
+    return [records[index] for index in sorted(index for indices in of_class for index in indices[:shot])]
 
 
 def read_class_names(csv_path: str, num_classes: int) -> list[str]:

@@ -6,29 +6,46 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.annotations import read_annotations, read_class_names
-from datasets.readers import FrameFolderReader
+from datasets.annotations import few_shot, read_annotations, read_class_names
+from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import protocol_of
 from datasets.transforms import EvalTransform, TrainTransform, flip_pairs
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
 from utils.errors import DataError
-from utils.seeding import epoch_rng
+from utils.seeding import epoch_order, shot_rng
 
 
-def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> DataLoader:
+class VideoLoader(DataLoader):
+    """Batches of tensors; `unreadable` lists the videos that this pass could not read: [(index, why in one line)]."""
+
+    unreadable: list[tuple[int, str]]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        self.unreadable = []
+        for batch in super().__iter__():
+            self.unreadable += batch.pop("unreadable")
+            yield batch
+
+
+def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> VideoLoader:
     """Batches of `data.batch_size` videos in this process's share of an order that changes with the epoch.
 
     A batch is {"clips": uint8 (B, T, 3, H, W), "labels": int64 (B,), "indices": int64 (batch_size,)} with
     B = batch_size * num_sample, repeats of a video side by side (a a b b). Call `loader.sampler.set_epoch(epoch)`
     before each epoch. `len(loader)` is a multiple of `solver.grad_accumulation_steps`: what is left of the order is
-    not used in that epoch. Raises DataError when the videos do not fill one step.
+    not used in that epoch. `data.on_error: skip` replaces videos that cannot be read. Raises DataError when the videos
+    do not fill one step.
     """
     data = config.data
     common = _common_parts(config, data.train_root, data.train_list)
     labels = flip_pairs(common["protocol"], data.num_classes, common["class_names"])
+    if data.shot:
+        names = common["class_names"] or [f"class {label}" for label in range(data.num_classes)]
+        common["records"] = few_shot(common["records"], data.shot, names, shot_rng(config.seed))
     dataset = TrainVideoDataset(
         **common,
-        transform=TrainTransform(common["protocol"], data.input_size, labels),
+        skip_unreadable=data.on_error == "skip",
+        transform=TrainTransform(common["protocol"], data.input_size, labels, data.rand_aug),
         dense=data.dense,
         seed=config.seed,
         random_shift=data.random_shift,
@@ -46,18 +63,28 @@ def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> DataL
 
 
 def build_eval_loader(
-    config: Any, rank: int = 0, world_size: int = 1, clips: int = 1, crops: int = 1, dense: bool | None = None
-) -> DataLoader:
+    config: Any,
+    rank: int = 0,
+    world_size: int = 1,
+    clips: int = 1,
+    crops: int = 1,
+    dense: bool | None = None,
+    unlabelled: bool = False,
+) -> VideoLoader:
     """Every video of `data.val_list` once over all processes, in list order, with V = crops x clips views.
 
     A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64 (videos,), "indices": int64 (videos,)}, the
     views of a video side by side. Batches hold as many whole videos as fit `test.view_batch` views, at least one.
-    `dense=None` takes `data.dense`.
+    `dense=None` takes `data.dense`; `unlabelled` accepts a list in which every label is -1.
+
+    A video file that cannot be read is left out of its batch and listed in `loader.unreadable`; a frame folder only
+    with `data.on_error: skip`, else its DataError stops the run.
     """
     data = config.data
-    common = _common_parts(config, data.val_root, data.val_list)
+    common = _common_parts(config, data.val_root, data.val_list, unlabelled)
     dataset = EvalVideoDataset(
         **common,
+        skip_unreadable=data.modality == "video" or data.on_error == "skip",
         transform=EvalTransform(common["protocol"], data.input_size, crops),
         dense=data.dense if dense is None else dense,
         num_clips=clips,
@@ -92,30 +119,37 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = epoch_rng(self.seed, self.epoch).permutation(self.num_videos)
+        order = epoch_order(self.seed, self.epoch, self.num_videos)
         for index in order[self.rank :: self.world_size][: self.share].tolist():
             yield self.epoch, index
 
 
-def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Fold repeats and views into the batch axis."""
-    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fold repeats and views into the batch axis; the lists of unreadable videos become one."""
+    unreadable = [video for sample in samples for video in sample.pop("unreadable")]
+    return {**{name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}, "unreadable": unreadable}
 
 
-def _common_parts(config: Any, root: str, list_path: str) -> dict[str, Any]:
+def _common_parts(config: Any, root: str, list_path: str, unlabelled: bool = False) -> dict[str, Any]:
     data = config.data
     return {
-        "records": read_annotations(list_path, data.num_classes),
+        "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled),
         "class_names": read_class_names(data.label_list, data.num_classes) if data.label_list else None,
-        "reader": FrameFolderReader(root, data.image_tmpl),
+        "reader": _reader(data, root),
         "protocol": protocol_of(data.dataset),
         "num_segments": data.num_segments,
     }
 
 
-def _loader(config: Any, dataset: VideoDataset, sampler: Sized, batch_size: int) -> DataLoader:
+def _reader(data: Any, root: str) -> Reader:
+    if data.modality == "video":
+        return VideoFileReader(root, data.decoder)
+    return FrameFolderReader(root, data.image_tmpl, data.count_frames)
+
+
+def _loader(config: Any, dataset: VideoDataset, sampler: Sized, batch_size: int) -> VideoLoader:
     workers = config.data.workers
-    return DataLoader(
+    return VideoLoader(
         dataset,
         batch_size,
         sampler=sampler,

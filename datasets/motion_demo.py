@@ -1,8 +1,8 @@
 """The generated demo data set: the class of a video is how its objects move, and no single frame shows it.
 
-Three textured objects lie on a textured ground whose borders are joined (a torus). The state of an object is four
+Two textured objects lie on a textured ground whose borders are joined (a torus). The state of an object is four
 numbers in [0, 1), each one cyclic: x and y position, angle, and logarithm of the size (the largest is followed by the
-smallest). In each class one of the four runs at a steady rate and the others rest; all start uniformly at random. So
+smallest). In each class some of the four run at a steady rate and the others rest; all start uniformly at random. So
 every frame of every class has the same distribution, the opposite class is the same videos played backwards, and a
 mirrored "left" is a "right".
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -24,35 +25,36 @@ from tqdm import tqdm
 from utils.errors import DataError, run_program
 
 VERSION = 1  # of the videos: goes into the stamp, so that a changed generator does not pass old files for its own
-CLASSES = (
-    "moving left",
-    "moving right",
-    "moving up",
-    "moving down",
-    "turning left",
-    "turning right",
-    "growing",
-    "shrinking",
-)
 X, Y, ANGLE, SIZE = range(4)
-# Class -> the state that changes, and its sign. Opposite classes are neighbours. The y axis and angles point down and
-# clockwise, as pixel rows do.
-MOTIONS = ((X, -1), (X, 1), (Y, -1), (Y, 1), (ANGLE, -1), (ANGLE, 1), (SIZE, 1), (SIZE, -1))
-# Slowest and fastest rate of each state, in cycles per frame: 2 to 3.5 pixels of 64, 9 to 15 degrees, 4 to 6 per cent.
-RATES = ((0.031, 0.055), (0.031, 0.055), (0.025, 0.042), (0.044, 0.065))
-OBJECTS = 3
-SMALLEST, LARGEST = 0.125, 0.3125  # greatest radius of an object, as a part of the frame's width
+# Name -> direction in the states, opposites next to each other. The y axis points down, as pixel rows do.
+MOTIONS = {
+    "moving left": (-1, 0, 0, 0),
+    "moving right": (1, 0, 0, 0),
+    "moving up": (0, -1, 0, 0),
+    "moving down": (0, 1, 0, 0),
+    "moving up left": (-(0.5**0.5), -(0.5**0.5), 0, 0),
+    "moving down right": (0.5**0.5, 0.5**0.5, 0, 0),
+    "moving up right": (0.5**0.5, -(0.5**0.5), 0, 0),
+    "moving down left": (-(0.5**0.5), 0.5**0.5, 0, 0),
+    "growing": (0, 0, 0, 1),
+    "shrinking": (0, 0, 0, -1),
+}
+CLASSES = tuple(MOTIONS)
+# Slowest and fastest rate of each state, in cycles per frame: 1.3 to 1.9 pixels of 64, and 2 to 3 per cent.
+RATES = ((0.02, 0.03), (0.02, 0.03), (0.0, 0.0), (0.03, 0.045))
+OBJECTS = 2
+SMALLEST, LARGEST = 0.2, 0.36  # greatest radius of an object, as a part of the frame's width
 TEXELS = 96  # width of an object's picture, over twice its greatest width in the frame: nearest sampling is smooth
 JPEG_QUALITY = 95
+VIDEO_FILES = 16  # so many validation videos, or all if there are fewer, are written as mp4 files too
 STAMP = "motion_demo.json"
 
 
 def trajectory(class_index: int, rng: np.random.Generator, num_frames: int) -> np.ndarray:
     """States (F, O, 4) in [0, 1): x, y, angle, log size. Equal draws give opposite classes reversed states, exactly."""
-    state, sign = MOTIONS[class_index]
     start = rng.random((OBJECTS, 4))
-    rate = np.zeros(4)
-    rate[state] = sign * rng.uniform(*RATES[state])
+    slowest, fastest = np.transpose(RATES)
+    rate = np.array(MOTIONS[CLASSES[class_index]]) * (slowest + rng.random() * (fastest - slowest))
     time = np.arange(num_frames) - (num_frames - 1) / 2
     return (start + rate * time[:, None, None]) % 1.0
 
@@ -60,7 +62,7 @@ def trajectory(class_index: int, rng: np.random.Generator, num_frames: int) -> n
 def render_video(class_index: int, rng: np.random.Generator, size: int = 64, num_frames: int = 16) -> np.ndarray:
     """One video of a class, uint8 (F, H, W, 3)."""
     states = trajectory(class_index, rng, num_frames)
-    ground = _texture(rng, size, lowest=1, highest=8, contrast=0.10)
+    ground = _texture(rng, size, lowest=1, highest=4, contrast=0.04, colours=(0.05, 0.3))
     return draw(states, ground, [_object(rng) for _ in range(OBJECTS)])
 
 
@@ -96,7 +98,8 @@ def generate(
     """Write the data set to `root`; False if it is there already, made with the same settings.
 
     `frames/train_00012/img_00001.jpg`, `train.txt` and `val.txt` (`path num_frames label`, paths relative to
-    `frames`), `classes.csv`. The folder appears when it is complete. Raises DataError if something else is at `root`.
+    `frames`), `classes.csv`; `videos/val_00000.mp4` and `val_videos.txt` (`path label`, relative to `videos`). The
+    folder appears when it is complete. Raises DataError if something else is at `root`.
     """
     root = Path(root)
     settings = dict(train_videos=train_videos, val_videos=val_videos, size=size, num_frames=num_frames, seed=seed)
@@ -113,6 +116,7 @@ def generate(
             unfinished = Path(folder) / root.name
             for split, (name, videos) in enumerate((("train", train_videos), ("val", val_videos))):
                 _write_split(unfinished, name, videos, size, num_frames, key=(seed, split))
+            _write_video_files(unfinished, min(VIDEO_FILES, val_videos), size, num_frames, key=(seed, 1))
             names = "".join(f"{index},{name}\n" for index, name in enumerate(CLASSES))
             (unfinished / "classes.csv").write_text("id,name\n" + names, encoding="utf-8")
             (unfinished / STAMP).write_text(stamp, encoding="utf-8")
@@ -136,10 +140,32 @@ def _write_split(root: Path, name: str, videos: int, size: int, num_frames: int,
     (root / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
 
 
+def _write_video_files(root: Path, videos: int, size: int, num_frames: int, key: tuple[int, int]) -> None:
+    """The first videos of the validation split as H.264 in full colour, and their list."""
+    (root / "videos").mkdir()
+    lines = []
+    for index in range(videos):
+        label, path = index % len(CLASSES), f"val_{index:05d}.mp4"
+        with av.open(str(root / "videos" / path), "w") as container:
+            stream = container.add_stream("libx264", rate=10, options={"crf": "5"})
+            stream.width, stream.height, stream.pix_fmt = size, size, "yuv444p"
+            for frame in render_video(label, np.random.default_rng([*key, index]), size, num_frames):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        lines.append(f"{path} {label}\n")
+    (root / "val_videos.txt").write_text("".join(lines), encoding="utf-8")
+
+
 def _texture(
-    rng: np.random.Generator, size: int, lowest: float, highest: float, contrast: float, stretch: float = 1.0
+    rng: np.random.Generator,
+    size: int,
+    lowest: float,
+    highest: float,
+    contrast: float,
+    colours: tuple[float, float],
+    stretch: float = 1.0,
 ) -> np.ndarray:
-    """Smooth periodic colours, float (size, size, 3) in 0..1, around a random one.
+    """Smooth periodic colours, float (size, size, 3) in 0..1, around a random one within `colours`.
 
     Noise of `lowest` to `highest` waves across the picture, weaker as they get finer; `stretch` draws it out along x.
     """
@@ -149,7 +175,7 @@ def _texture(
     grey_and_colours = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((4, size, size))) * band, (size, size))
     noise = grey_and_colours[0] + 0.5 * grey_and_colours[1:]
     noise *= contrast / max(noise.std(), 1e-9)
-    return np.clip(rng.uniform(0.15, 0.85, 3) + noise.transpose(1, 2, 0), 0, 1)
+    return np.clip(rng.uniform(*colours, 3) + noise.transpose(1, 2, 0), 0, 1)
 
 
 def _object(rng: np.random.Generator) -> np.ndarray:
@@ -160,7 +186,7 @@ def _object(rng: np.random.Generator) -> np.ndarray:
     outline += 0.2 * np.cos(3 * direction + rng.uniform(0, 2 * np.pi))
     outline *= 0.95 / outline.max()
     alpha = np.clip((outline - np.hypot(across[:, None], across)) * 10 + 0.5, 0, 1)
-    colours = _texture(rng, TEXELS, lowest=1.5, highest=12, contrast=0.22, stretch=3.0)
+    colours = _texture(rng, TEXELS, lowest=0.7, highest=3, contrast=0.12, colours=(0.6, 0.95), stretch=3.0)
     return np.concatenate([colours, alpha[..., None]], axis=-1).astype(np.float32)
 
 

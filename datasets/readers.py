@@ -1,18 +1,53 @@
-"""Frames at given indices from where a data set keeps them."""
+"""Frames at given indices from where a data set keeps them: folders of images, or video files.
 
+`reader.open(record)` gives a `Video`, which is dropped after its clip: no file stays open. A video or frame that cannot
+be read is a DataError that names its file.
+"""
+
+import contextlib
+import importlib
+import itertools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from types import ModuleType
+from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from datasets.annotations import VideoRecord
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError, DataError, UserError
+
+# decord marks the end of a file 128 times, and counts a mark that it skips as a frame. To skip fewer at once is to meet
+# a mark in `next`, which then raises its error: so no mark passes for a frame, and they do not run out, which hangs.
+LONGEST_SKIP = 1000
+
+
+@dataclass(frozen=True)
+class Video:
+    """An opened video: `read(indices)`, to be called once, gives the RGB frames at ascending, distinct indices."""
+
+    num_frames: int
+    read: Callable[[Sequence[int]], list[Image.Image]]
+
+
+class Reader(Protocol):
+    """The videos below a data root."""
+
+    def open(self, record: VideoRecord) -> Video: ...
 
 
 class FrameFolderReader:
-    """Videos stored as one image file per frame, numbered from 1: index i is the file `image_tmpl.format(i + 1)`."""
+    """Videos stored as one image file per frame, numbered from 1: index i is the file `image_tmpl.format(i + 1)`.
 
-    def __init__(self, root: str, image_tmpl: str):
+    A video has as many frames as the list says or, with `count_frames`, as there are files in its folder whose names
+    are `image_tmpl` with any digits for the number.
+    """
+
+    def __init__(self, root: str, image_tmpl: str, count_frames: bool = False):
         """Raises ConfigError for a template that does not make a file name of a number."""
         try:
             numbered = image_tmpl.format(1) != image_tmpl.format(2)
@@ -25,19 +60,24 @@ class FrameFolderReader:
             )
         self.root = root
         self.image_tmpl = image_tmpl
+        self.count_frames = count_frames
 
-    def num_frames(self, record: VideoRecord) -> int:
-        """Number of frames to draw indices from."""
-        return record.num_frames
+    def open(self, record: VideoRecord) -> Video:
+        num_frames = self._count(record) if self.count_frames else record.num_frames
+        return Video(num_frames, lambda indices: [self._read_frame(record, num_frames, index) for index in indices])
 
-    def read(self, record: VideoRecord, indices: Iterable[int]) -> list[Image.Image]:
-        """RGB frames at zero-based `indices`, which should be distinct: each is decoded anew.
+    def _count(self, record: VideoRecord) -> int:
+        folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
+        parts = Formatter().parse(template)
+        pattern = "".join(re.escape(text) + ("" if field is None else r"\d+") for text, field, *_ in parts)
+        files = os.listdir(folder) if os.path.isdir(folder) else []
+        if count := sum(re.fullmatch(pattern, file) is not None for file in files):
+            return count
+        raise DataError(
+            f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
+        )
 
-        Raises DataError, naming the frame's file, for a frame that is missing or cannot be decoded completely.
-        """
-        return [self._read_frame(record, index) for index in indices]
-
-    def _read_frame(self, record: VideoRecord, index: int) -> Image.Image:
+    def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> Image.Image:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + 1))
         try:
             with Image.open(path) as image:
@@ -46,5 +86,136 @@ class FrameFolderReader:
             problem, advice, cause = "frame missing", "check the data root, data.image_tmpl and num_frames", error
         except Exception as error:  # broken files make Pillow raise many kinds, SyntaxError and struct.error among them
             problem, advice, cause = f"frame unreadable ({error})", "extract it again", error
-        listed = f"listed at {record.source} with {record.num_frames} frames"
+        listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
         raise DataError(f"{path}: {problem}; {listed}; {advice}") from cause
+
+
+class VideoFileReader:
+    """Videos stored as files. Index i is the i-th frame in the order of presentation that the decoder gives.
+
+    `decoder` is "decord" or "pyav"; it is imported where it decodes, in the loader's worker.
+    """
+
+    def __init__(self, root: str, decoder: str):
+        self.root = root
+        self.decoder = decoder
+
+    def open(self, record: VideoRecord) -> Video:
+        """Raises ConfigError when the decoder is not installed."""
+        path = os.path.join(self.root, record.path)
+        if not os.path.isfile(path):
+            raise DataError(
+                f"{path}: no such video; listed at {record.source}; "
+                "check the data root, and that lines read 'path label'"
+            )
+        with self._named_errors(path, record):
+            video = {"decord": DecordVideo, "pyav": PyAVVideo}[self.decoder](path)
+
+        def read(indices: Sequence[int]) -> list[Image.Image]:
+            with self._named_errors(path, record):
+                return [Image.fromarray(frame) for frame in video.read(indices)]
+
+        return Video(video.num_frames, read)
+
+    @contextlib.contextmanager
+    def _named_errors(self, path: str, record: VideoRecord) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # what a decoder raises is its own affair
+            # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
+            reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
+            advice = "data.decoder=pyav may read it" if self.decoder == "decord" else "fetch or encode it again"
+            message = f"{path}: {self.decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
+            raise DataError(message) from error
+
+
+class DecordVideo:
+    """A video file through decord, in one pass from the first frame.
+
+    decord's `get_batch` seeks, and then gives other frames than those it is asked for in many kinds of files; its
+    count includes frames that are never shown (docs/numerics.md). This pass has neither flaw and raises an error where
+    frames are missing. It skips as fast, without converting what it skips, where the file has timestamps.
+    """
+
+    def __init__(self, path: str):
+        decord = _import("decord")
+        decord.logging.set_level(decord.logging.QUIET)
+        if _is_mpeg_stream(path):
+            raise ValueError("it may lose the first frames of an MPEG program or transport stream")
+        # With any fault_tol above 0 and below 1 / frames, a copy in place of a frame that is missing is an error.
+        self._decoder = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+        times = self._decoder.get_frame_timestamp(range(len(self._decoder)))[:, 0]
+        self._timed = bool((np.diff(times) > 0).all() and times[-1] >= 0)
+        # Frames before an edit list's start are counted, but the decoder does not give them.
+        self.num_frames = len(times) - (int((times < 0).sum()) if self._timed else 0)
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """uint8 (H, W, 3) each."""
+        last, stops = indices[-1], range(indices[-1] + 1)
+        if self._timed:
+            # A skip that ends on a key frame or goes past one is a seek, so it ends before, and `next` takes the step.
+            before_keys = (key - 1 for key in self._decoder.get_key_indices() if 0 < key <= last)
+            stops = sorted({*indices, *before_keys, *range(0, last, LONGEST_SKIP)})
+        wanted, frames, position = set(indices), [], 0
+        for stop in stops:
+            if stop > position:
+                self._decoder.skip_frames(stop - position)
+            frame, position = self._decoder.next(), stop + 1
+            if stop in wanted:
+                frames.append(frame.asnumpy())
+        return frames
+
+
+class PyAVVideo:
+    """A video file through PyAV. It is decoded twice, the first time to count its frames: headers may be wrong.
+
+    A damaged file has the frames before the first packet that cannot be read or decoded.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self.num_frames = sum(1 for _ in self._decode())
+        if self.num_frames == 0:
+            raise ValueError("no frame can be decoded")
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """uint8 (H, W, 3) each, turned upright as the file asks for."""
+        wanted, frames = set(indices), []
+        for index, frame in enumerate(itertools.islice(self._decode(), indices[-1] + 1)):
+            if index in wanted:
+                pixels = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")
+                frames.append(np.rot90(pixels, round(frame.rotation / 90)))
+        return frames
+
+    def _decode(self) -> Iterator[Any]:
+        """The frames from first to last. Opens the file anew: to seek to the start is not exact in every format."""
+        av = _import("av")
+        with av.open(self._path) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise ValueError("it holds no video")
+            stream.codec_context.thread_count = 1
+            with contextlib.suppress(av.FFmpegError):
+                for packet in container.demux(stream):
+                    yield from packet.decode()
+                return
+            with contextlib.suppress(av.FFmpegError):
+                yield from stream.codec_context.decode(None)  # those that wait for their turn in the decoder
+
+
+def _is_mpeg_stream(path: str) -> bool:
+    """Whether the file starts like a transport stream (packets of 188 bytes, or 192 in m2ts) or a program stream."""
+    with open(path, "rb") as file:
+        head = file.read(197).ljust(197, b"\0")
+    return head.startswith(b"\0\0\1\xba") or head[0] == head[188] == 0x47 or head[4] == head[196] == 0x47
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: a shared library that it needs is missing
+        raise ConfigError(
+            f"data.decoder: {name} cannot be imported ({error}); install requirements.txt, or set another decoder"
+        ) from error

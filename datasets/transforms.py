@@ -14,10 +14,14 @@ import numpy as np
 import torch
 from PIL.Image import Image, Resampling
 
+from datasets.augment import grayscale, rand_augment
 from utils.errors import ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Share of the training clips that lose their colour.
+GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
 
 # Direction classes among the 174 of Something-Something in alphabetical order.
 SOMETHING_FLIP_PAIRS = ((86, 87), (93, 94), (166, 167))
@@ -25,20 +29,28 @@ SOMETHING_FLIP_PAIRS = ((86, 87), (93, 94), (166, 167))
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Resize, random-resized crop, flip; a flip changes the label by `flip_labels` (see `flip_pairs`)."""
+    """RandAugment when `rand_aug`, resize, random-resized crop, flip, grayscale.
+
+    A flip changes the label by `flip_labels` (see `flip_pairs`).
+    """
 
     protocol: str
     input_size: int
     flip_labels: Mapping[int, int]
+    rand_aug: bool = False
 
     def __call__(self, frames: Sequence[Image], label: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
         """(uint8 (T, 3, S, S), label)."""
+        if self.rand_aug:
+            frames = rand_augment(frames, int(rng.integers(2**32)))
         size = resize_size(*frames[0].size, self.protocol, self.input_size)
         frames = [frame.resize(size, Resampling.BICUBIC) for frame in frames]
         crop = draw_crop(*size, self.input_size, rng)
         clip = to_clip([crop(frame) for frame in frames])
         if rng.random() < 0.5:
             clip, label = clip.flip(-1), self.flip_labels.get(label, label)
+        if rng.random() < GRAY_SHARE[self.protocol]:
+            clip = grayscale(clip)
         return clip, label
 
 

@@ -1,9 +1,12 @@
 """Record -> indices -> frames -> clips, for training (random, repeated) and for evaluation (fixed views).
 
 Every sample is a dict of tensors whose first axis a batch concatenates: R repeats of a training clip, V test views.
+Beside them, "unreadable" lists the videos that could not be read: [(index, one line that says why)].
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,22 +14,27 @@ from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from datasets.annotations import VideoRecord
-from datasets.readers import FrameFolderReader
+from datasets.readers import Reader, Video
 from datasets.sampling import sample_test, sample_train
 from datasets.transforms import EvalTransform, TrainTransform
-from utils.seeding import sample_rng
+from utils.errors import DataError
+from utils.seeding import epoch_order, sample_rng
 
 
 @dataclass(kw_only=True, eq=False)
 class VideoDataset(Dataset):
-    """What training and evaluation share: the videos, where their frames come from, how a clip is sampled."""
+    """What training and evaluation share: the videos, where their frames come from, how a clip is sampled.
+
+    A video that cannot be read raises its DataError, or with `skip_unreadable` does what the class says.
+    """
 
     records: list[VideoRecord]
     class_names: list[str] | None
-    reader: FrameFolderReader
+    reader: Reader
     protocol: str
     num_segments: int
     dense: bool = False
+    skip_unreadable: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
@@ -36,10 +44,11 @@ class VideoDataset(Dataset):
         """int64 (videos,), in list order."""
         return np.array([record.label for record in self.records], dtype=np.int64)
 
-    def read_distinct(self, record: VideoRecord, indices: np.ndarray) -> tuple[list[Image], np.ndarray]:
+    @staticmethod
+    def read_distinct(video: Video, indices: np.ndarray) -> tuple[list[Image], np.ndarray]:
         """The frames that `indices` name at least once, and for each index, flattened, its place among them."""
         distinct, places = np.unique(indices, return_inverse=True)
-        return self.reader.read(record, distinct.tolist()), places.ravel()
+        return video.read(distinct.tolist()), places.ravel()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,7 +56,8 @@ class TrainVideoDataset(VideoDataset):
     """`dataset[epoch, index]` -> R = `num_sample` independently augmented clips of the same frames.
 
     {"clips": uint8 (R, T, 3, S, S), "labels": int64 (R,), "indices": int64 (1,)}, a function of (seed, epoch, index).
-    `random_shift=False` takes the frames of validation.
+    `random_shift=False` takes the frames of validation. The video that is next in the epoch's order stands in for one
+    that cannot be read, and so on, from the last on to the first; "indices" names the one that was taken.
     """
 
     transform: TrainTransform
@@ -55,18 +65,35 @@ class TrainVideoDataset(VideoDataset):
     random_shift: bool = True
     num_sample: int = 1
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
+        unreadable: list[tuple[int, str]] = []
+        for candidate in self._order_from(epoch, index):
+            try:
+                return {**self._load(epoch, candidate), "unreadable": unreadable}
+            except DataError as error:
+                if not self.skip_unreadable:
+                    raise
+                unreadable.append((candidate, error.line))
+        raise DataError(f"none of the {len(self)} training videos can be read; the first: {unreadable[0][1]}")
+
+    def _order_from(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        order = epoch_order(self.seed, epoch, len(self)).tolist()
+        place = order.index(index)
+        yield from order[place + 1 :] + order[:place]
+
+    def _load(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         record = self.records[index]
-        distinct, places = self.read_distinct(record, self.sample(record, epoch, index))
+        video = self.reader.open(record)
+        distinct, places = self.read_distinct(video, self.sample(video.num_frames, epoch, index))
         frames = [distinct[place] for place in places]
         rngs = [sample_rng(self.seed, epoch, index, repeat) for repeat in range(self.num_sample)]
         clips, labels = zip(*(self.transform(frames, record.label, rng) for rng in rngs), strict=True)
         return {"clips": torch.stack(clips), "labels": torch.tensor(labels), "indices": torch.tensor([index])}
 
-    def sample(self, record: VideoRecord, epoch: int, index: int) -> np.ndarray:
+    def sample(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         """Frame indices (T,) of one sample."""
-        num_frames = self.reader.num_frames(record)
         if not self.random_shift:
             return sample_test(num_frames, self.num_segments, self.protocol, dense=self.dense)[0]
         rng = sample_rng(self.seed, epoch, index)
@@ -78,22 +105,29 @@ class EvalVideoDataset(VideoDataset):
     """`dataset[index]` -> the V = crops x clips views of a video, crop by crop: view = crop * num_clips + clip.
 
     {"clips": uint8 (V, T, 3, S, S), "labels": int64 (1,), "indices": int64 (1,)}. A frame that several clips share is
-    decoded and resized once.
+    decoded and resized once. A video that cannot be read gives no views, no label and no index.
     """
 
     transform: EvalTransform
     num_clips: int = 1
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        record = self.records[index]
-        indices = sample_test(
-            self.reader.num_frames(record), self.num_segments, self.protocol, self.num_clips, self.dense
-        )
-        frames, places = self.read_distinct(record, indices)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            views = self._load(self.records[index])
+        except DataError as error:
+            if not self.skip_unreadable:
+                raise
+            size, nothing = self.transform.input_size, torch.empty(0, dtype=torch.int64)
+            views = torch.empty(0, self.num_segments, 3, size, size, dtype=torch.uint8)
+            return {"clips": views, "labels": nothing, "indices": nothing, "unreadable": [(index, error.line)]}
+        label = torch.tensor([self.records[index].label])
+        return {"clips": views, "labels": label, "indices": torch.tensor([index]), "unreadable": []}
+
+    def _load(self, record: VideoRecord) -> torch.Tensor:
+        """uint8 (V, T, 3, S, S)."""
+        video = self.reader.open(record)
+        indices = sample_test(video.num_frames, self.num_segments, self.protocol, self.num_clips, self.dense)
+        frames, places = self.read_distinct(video, indices)
         crops = self.transform(frames)  # (crops, distinct frames, 3, S, S)
         views = crops.index_select(1, torch.from_numpy(places))  # (crops, clips * T, 3, S, S)
-        return {
-            "clips": views.unflatten(1, indices.shape).flatten(0, 1),
-            "labels": torch.tensor([record.label]),
-            "indices": torch.tensor([index]),
-        }
+        return views.unflatten(1, indices.shape).flatten(0, 1)

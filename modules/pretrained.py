@@ -1,13 +1,19 @@
 """Published weight files -> the frozen tower, strictly (docs/protocol.md section 1)."""
 
 import logging
+import pickle
+import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from modules.backbones import Architecture, FrozenTower
+from modules.backbones import OPENAI, Architecture, FrozenTower
+from modules.torchscript_archive import is_torchscript, read_torchscript
 from utils.errors import CheckpointError, ConfigError
 
 PRETRAINED_DIR = Path("clip_pretrain")
@@ -19,8 +25,9 @@ log = logging.getLogger(__name__)
 def load_tower_weights(tower: FrozenTower, architecture: Architecture, arch: str, weights: str | None = None) -> None:
     """Fill the tower from `weights`, or from the architecture's own file in clip_pretrain/, and log one line.
 
-    The file is a plain state dict in half or single precision, with OpenAI's or timm's names; every tensor of the tower
-    must be in it, and nothing that the tower does not know but its final norm, its projection and the text tower.
+    The file is any that `read_state_dict` reads, in half or single precision, with OpenAI's or timm's names; every
+    tensor of the tower must be in it, and nothing that the tower does not know but its final norm, its projection and
+    the text tower.
 
     Raises:
         ConfigError: no file is there, or the architecture has none of its own.
@@ -49,10 +56,11 @@ def find_weight_file(architecture: Architecture, arch: str, weights: str | None)
         )
     else:
         path = PRETRAINED_DIR / architecture.weight_file
+        fetch = f"python tools/download_weights.py {arch}" if architecture.publisher == OPENAI else "by hand"
         what = (
             f"network.init: {path} is not there; {arch} needs the file {architecture.weight_file} published by "
-            f"{architecture.publisher}, in the folder {PRETRAINED_DIR}/ (or name another with network.weights, "
-            "or set network.init: False for a random tower)"
+            f"{architecture.publisher}, in the folder {PRETRAINED_DIR}/; fetch it ({fetch}), or name another with "
+            "network.weights, or set network.init: False for a random tower"
         )
     if not path.is_file():
         raise ConfigError(what)
@@ -60,15 +68,17 @@ def find_weight_file(architecture: Architecture, arch: str, weights: str | None)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a plain state dict, by name. No code of the file is run.
+    """The tensors of a state dict (torch.save or .safetensors) or of a TorchScript archive, by name, on the CPU.
+
+    No code of the file is run.
 
     Raises:
-        CheckpointError: the file cannot be read or holds something else.
+        CheckpointError: the file cannot be read, holds something else, or asks for more than tensors need.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_content(path)
     except Exception as error:
-        raise CheckpointError(f"{path}: not a plain state dict of torch.save: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path}: not a readable weight file: {explain(error)}") from error
     for nest in ("module", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
@@ -77,21 +87,47 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
+def read_content(path: Path) -> Any:
+    """Whatever a file holds; the errors are those of the library that reads it."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def explain(error: Exception) -> str:
+    """One line for an error of `read_content`; torch's own words advise to run what it refused."""
+    text = str(error).strip()
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {refused[1]}, which no tensor needs and is refused"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or no file of weights at all"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """`load_state_dict` whose error is one line that lists what is missing, unknown or of another shape."""
     own = module.state_dict()
-    missing = [name for name in own if name not in tensors]
-    unknown = [name for name in tensors if name not in own]
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
+    refuse_misfits(
+        source,
+        missing=[name for name in own if name not in tensors],
+        unknown=[name for name in tensors if name not in own],
+        of_another_shape=[
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    )
+    module.load_state_dict(tensors)
+
+
+def refuse_misfits(source: str, **misfits: list[str]) -> None:
+    """One CheckpointError that counts and lists them all, unless every list is empty."""
     complaints = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in misfits.items()
         if names
     ]
     if complaints:
         raise CheckpointError(f"{source}: tensors do not fit; {'; '.join(complaints)}")
-    module.load_state_dict(tensors)

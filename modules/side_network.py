@@ -62,9 +62,9 @@ class PointwiseConv(nn.Conv3d):
 class _ThreeTaps(torch.autograd.Function):
     """y_t = w_0 x_{t-1} + w_1 x_t + w_2 x_{t+1} + b per channel, zeros beyond the ends.
 
-    Written out because the library's depthwise Conv3d takes ten times as long on a CPU (benchmarks/README.md). Weights
-    are cast to the type of x by hand, since autocast reaches only the forward pass; their gradients are summed and
-    returned in the weights' own type.
+    Written out because the library's depthwise Conv3d takes several times as long on a CPU (benchmarks/fast_form.py).
+    Weights are cast to the type of x by hand, since autocast reaches only the forward pass; their gradients are summed
+    and returned in the weights' own type.
     """
 
     @staticmethod

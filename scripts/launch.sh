@@ -25,6 +25,8 @@ launch() {
     case $processes in 0* | *[!0-9]*) fail "NUM_GPUS must be a number from 1, got '$processes'" ;; esac
     case $nodes in 0* | *[!0-9]*) fail "NNODES must be a number from 1, got '$nodes'" ;; esac
     [ "$gpus" -eq 0 ] || [ "$processes" -le "$gpus" ] || fail "NUM_GPUS is $processes, but $gpus are visible"
+    # On a CPU, loader workers and model share the cores: threads that spin while they wait cost either side its turn.
+    [ "$gpus" -gt 0 ] || export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     [ "$processes" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its banner
 
     if [ "$nodes" -gt 1 ]; then

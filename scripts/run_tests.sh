@@ -7,4 +7,4 @@ CDPATH='' cd -- "$(dirname -- "$0")/.."
 make_environment requirements.txt requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q "$@"
+OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" "$PYTHON" -m pytest -q "$@" # see scripts/launch.sh

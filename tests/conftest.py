@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+
+from datasets.motion_demo import CLASSES, generate
 
 
 def random_frame(seed: Sequence[int], size: tuple[int, int]) -> Image.Image:
@@ -16,18 +19,52 @@ def random_frame(seed: Sequence[int], size: tuple[int, int]) -> Image.Image:
 
 @pytest.fixture
 def make_frame_folders(tmp_path: Path) -> Callable[..., tuple[str, str]]:
-    """make(lengths, size, num_classes) -> (root, list): one JPEG folder "video <i>" per length, labels in turn."""
+    """make(lengths, ...) -> (root, list): one JPEG folder "video <i>" per length, labels in turn."""
 
-    def make(lengths: Sequence[int], size: tuple[int, int] = (40, 32), num_classes: int = 4) -> tuple[str, str]:
+    def make(
+        lengths: Sequence[int],
+        size: tuple[int, int] = (40, 32),
+        num_classes: int = 4,
+        image_tmpl: str = "img_{:05d}.jpg",
+    ) -> tuple[str, str]:
         lines = []
         for video, length in enumerate(lengths):
             folder = tmp_path / "frames" / f"video {video}"
             folder.mkdir(parents=True)
             for number in range(1, length + 1):
-                random_frame((video, number), size).save(folder / f"img_{number:05d}.jpg", quality=90)
+                random_frame((video, number), size).save(folder / image_tmpl.format(number), quality=90)
             lines.append(f"{folder.name} {length} {video % num_classes}\n")
         list_path = tmp_path / "list.txt"
         list_path.write_text("".join(lines))
         return str(tmp_path / "frames"), str(list_path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def motion_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "motion"
+    generate(root, train_videos=16, val_videos=7, size=32, num_frames=6)
+    return root
+
+
+@pytest.fixture
+def config(motion_root, tmp_path):
+    """A YAML file: two epochs of four steps, a tower of two blocks, dropout so that random states matter."""
+    data = {
+        "dataset": "motion_demo",
+        "num_segments": 4,
+        "batch_size": 4,
+        "workers": 0,
+        "num_classes": len(CLASSES),
+        "label_list": str(motion_root / "classes.csv"),
+        "input_size": 32,
+        **{f"{part}_root": str(motion_root / "frames") for part in ("train", "val")},
+        **{f"{part}_list": str(motion_root / f"{part}.txt") for part in ("train", "val")},
+    }
+    network = {"arch": "timm/vit_tiny_patch16_224", "init": False, "side_dim": 64, "drop_fc": 0.5}
+    network["backbone_kwargs"] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    solver = {"epochs": 2, "lr": 1e-3, "lr_warmup_step": 1}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"data": data, "network": network, "solver": solver}))
+    return str(path)

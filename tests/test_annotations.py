@@ -1,8 +1,9 @@
 import pickle
 
+import numpy as np
 import pytest
 
-from datasets.annotations import VideoRecord, read_annotations, read_class_names
+from datasets.annotations import VideoRecord, few_shot, read_annotations, read_class_names
 from utils.errors import DataError
 
 
@@ -44,7 +45,8 @@ def test_records_can_be_sent_to_other_processes():
         ("clip 0 1", "num_frames must be an integer of at least 1, got '0'"),
         ("clip 3 x", "label (data.num_classes is 4) must be an integer in 0..3, got 'x' in the line 'clip 3 x'"),
         ("clip 3 4", "label (data.num_classes is 4) must be an integer in 0..3, got '4'"),
-        ("clip 3 -1", "must be an integer in 0..3, got '-1'"),
+        ("clip 3 -1", "label -1 means unlabelled, but training and validation need labels"),
+        ("clip 3 -2", "must be an integer in 0..3, got '-2'"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_line(write, line, message):
@@ -54,6 +56,43 @@ def test_a_bad_line_is_named_with_file_and_line(write, line, message):
     assert caught.value.line.startswith(f"{path}:3: ")
     assert message in caught.value.line
     assert "\n" not in str(caught.value)
+
+
+def test_lines_of_video_files_have_no_number_of_frames(write):
+    path = write("a/my clip 12.mp4 0\nb.webm 1\n")
+    assert read_annotations(path, 2, "video") == [
+        VideoRecord("a/my clip 12.mp4", None, 0, f"{path}:1"),
+        VideoRecord("b.webm", None, 1, f"{path}:2"),
+    ]
+    with pytest.raises(DataError, match=r"list.txt:1: a line must read 'path label', got 'alone.mp4'"):
+        read_annotations(write("alone.mp4\n"), 2, "video")
+
+
+def test_a_list_may_be_unlabelled_as_a_whole(write):
+    path = write("a 3 -1\nb 4 -1\n")
+    assert [record.label for record in read_annotations(path, 2, unlabelled=True)] == [-1, -1]
+    assert read_annotations(write("a 3 1\n"), 2, unlabelled=True)[0].label == 1
+
+
+@pytest.mark.parametrize("text", ["a 3 -1\nb 3 -1\nc 3 1\n", "a 3 1\nb 3 0\nc 3 -1\n"])
+def test_labels_in_some_lines_only_are_an_error_of_the_first_odd_line(write, text):
+    path = write(text)
+    with pytest.raises(DataError, match="in a list whose first is -?1; label all or none") as caught:
+        read_annotations(path, 2, unlabelled=True)
+    assert caught.value.line.startswith(f"{path}:3: ")
+
+
+def test_few_shot_takes_so_many_of_each_class_in_list_order():
+    records = [VideoRecord(str(i), 1, i % 3, f"list.txt:{i + 1}") for i in range(30)]
+    names = ["a", "b", "c"]
+    seen = set()
+    for seed in range(20):
+        chosen = few_shot(records, 4, names, np.random.default_rng(seed))
+        assert np.bincount([record.label for record in chosen]).tolist() == [4, 4, 4]
+        assert chosen == sorted(chosen, key=records.index)
+        seen |= {record.path for record in chosen}
+    assert len(seen) == 30  # every video has its chance
+    assert few_shot(records, 10, names, np.random.default_rng(0)) == records
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])

@@ -166,7 +166,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, change, compl
 
 def test_an_absent_weight_file_names_file_publisher_and_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"clip_pretrain/ViT-B-16.pt.*OpenAI.*clip_pretrain/.*network.weights"):
+    message = r"clip_pretrain/ViT-B-16.pt.*OpenAI.*clip_pretrain/.*tools/download_weights.py ViT-B/16.*network.weights"
+    with pytest.raises(ConfigError, match=message):
         build_model(tiny_config(init=True))
 
 
@@ -191,7 +192,7 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
         ("timm/resnet18", {}, "network.arch: .*resnet18"),
         ("ViT-B/16", {"no_such": 1}, "network.arch: timm cannot build .*no_such"),
         ("ViT-B/16", {"img_size": 64}, "backbone_kwargs.img_size: leave it out"),
-        ("ViT-B/16", {"patch_size": 5}, "data.input_size: 32 pixels are no multiple of the patch size 5"),
+        ("ViT-B/16", {"patch_size": 5}, "data.input_size: 32 is no multiple of the patch size 5"),
     ],
 )
 def test_towers_that_cannot_work_are_refused(arch, kwargs, message):

@@ -32,12 +32,7 @@ solver:
 """
 SECTION_LINES = {"data": 1, "network": 9, "solver": 12}
 OTHER_VALUES = {
-    "data.modality": "video",
-    "data.rand_aug": True,
-    "data.rand_erase": True,
-    "data.shot": 4,
     "network.sync_bn": True,
-    "solver.mixup": True,
 }
 
 
@@ -429,6 +424,8 @@ def test_an_override_of_the_wrong_form_is_an_error(override, line):
         (["solver.start_epoch=30"], "solver.start_epoch: is 30, must be below solver.epochs, which is 30"),
         (["resume=last_model.pt", "pretrain=last_model.pt"], "pretrain: not together with resume, whose checkpoint"),
         (["network.init=False", "network.weights=last_model.pt"], "network.weights: contradicts network.init: False"),
+        (["solver.mixup=True", "data.batch_size=3"], "data.batch_size: times data.num_sample is 3; solver.mixup pairs"),
+        (["solver.mixup=True", "solver.smoothing=0"], "solver.smoothing: is 0.0, but solver.mixup goes with 0.1"),
         (["solver.type=multistep", "solver.lr_decay_step="], "solver.lr_decay_step: solver.type: multistep needs it: "),
     ],
 )
@@ -437,6 +434,8 @@ def test_keys_that_contradict_each_other_are_an_error(overrides, line):
 
 
 def test_limits_themselves_are_accepted():
+    load("solver.mixup=True", "data.batch_size=3", "data.num_sample=2")
+    load("solver.mixup=True", "data.batch_size=3", purpose="test")
     load("data.dense=True", "data.num_segments=128", "solver.start_epoch=29", "solver.lr_warmup_step=0")
     load("data.num_segments=129", "network.weights=last_model.pt", "network.drop_fc=0", "solver.betas=[0, 0]")
 

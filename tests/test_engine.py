@@ -22,10 +22,11 @@ def batch(seed, clips=4):
 
 def train(batches, accumulation, **changes):
     solver = {"type": "multistep", "epochs": 9, "lr": 0.01, "lr_warmup_step": 0, "lr_decay_step": 9, "clip_ratio": 1.0}
-    solver |= {"betas": [0.9, 0.999], "weight_decay": 0.1, "smoothing": 0.1, "clip_grad": None}
+    solver |= {"betas": [0.9, 0.999], "weight_decay": 0.1, "smoothing": 0.1, "clip_grad": None, "mixup": False}
     solver |= {"grad_accumulation_steps": accumulation, **changes}
-    plain = {**tiny_config().toDict(), "solver": solver, "logging": {"print_freq": 100}}
+    plain = {**tiny_config().toDict(), "solver": solver, "seed": 0, "logging": {"print_freq": 100}}
     plain["network"]["sync_bn"] = False
+    plain["data"]["rand_erase"] = False
     config = DotMap(plain, _dynamic=False)
     torch.manual_seed(0)
     model = build_model(config)

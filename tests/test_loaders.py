@@ -19,7 +19,11 @@ def make_config(paths, accumulation=1, view_batch=None, **data):
         "workers": 0,
         "prefetch": 2,
         "num_classes": 4,
+        "modality": "RGB",
+        "decoder": "decord",
         "image_tmpl": "img_{:05d}.jpg",
+        "count_frames": False,
+        "on_error": "stop",
         "train_root": root,
         "train_list": list_path,
         "val_root": root,
@@ -28,7 +32,9 @@ def make_config(paths, accumulation=1, view_batch=None, **data):
         "input_size": 16,
         "random_shift": True,
         "num_sample": 1,
+        "rand_aug": False,
         "dense": False,
+        "shot": None,
     }
     return DotMap(
         {
@@ -169,6 +175,88 @@ def error_of(loader):
         error.__traceback__ = None  # it keeps the workers in a cycle, from which they are collected only after seconds
         return error.line
     pytest.fail("no DataError")
+
+
+def break_videos(root, *numbers):
+    """Frame folders whose frames are no pictures."""
+    for number in numbers:
+        for name in os.listdir(folder := os.path.join(root, f"video {number}")):
+            open(os.path.join(folder, name), "w").close()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_next_video_of_the_epochs_order_stands_in_for_a_broken_one(make_frame_folders, workers):
+    root, _ = paths = make_frame_folders([5] * 6)
+    whole = build_train_loader(make_config(paths, batch_size=1))
+    batches = {epoch: epoch_batches(whole, epoch) for epoch in (0, 1)}
+    order = indices(batches[0])
+    broken = {order[1], order[2], order[5]}  # two in a row, and the last, which the first stands in for
+    break_videos(root, *broken)
+    loader = build_train_loader(make_config(paths, batch_size=1, workers=workers, on_error="skip"))
+    kept = epoch_batches(loader, 0)
+    assert indices(kept) == [order[i] for i in (0, 3, 3, 3, 4, 0)]
+    assert_equal_batches(kept, [batches[0][i] for i in (0, 3, 3, 3, 4, 0)])
+    assert {index for index, _ in loader.unreadable} == broken
+    assert all(f"video {index}{os.sep}img_" in reason and "\n" not in reason for index, reason in loader.unreadable)
+    order = indices(batches[1])
+    for place, index in enumerate(indices(epoch_batches(loader, 1))):
+        assert index == next(i for i in order[place:] + order if i not in broken)
+
+
+def test_a_broken_video_is_replaced_alike_on_any_number_of_processes(make_frame_folders):
+    root, _ = paths = make_frame_folders([5] * 6)
+    break_videos(root, 1, 4)
+    config = make_config(paths, batch_size=1, on_error="skip")
+    alone = indices(epoch_batches(build_train_loader(config), 2))
+    ranks = [indices(epoch_batches(build_train_loader(config, rank, 2), 2)) for rank in (0, 1)]
+    assert ranks == [alone[0::2], alone[1::2]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_when_every_video_is_broken_training_stops(make_frame_folders, workers):
+    root, _ = paths = make_frame_folders([1] * 4)
+    break_videos(root, *range(4))
+    line = error_of(build_train_loader(make_config(paths, workers=workers, on_error="skip")))
+    assert line.startswith(f"none of the 4 training videos can be read; the first: {root}") and "\n" not in line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_a_broken_video_out_and_never_replaces_it(make_frame_folders, workers):
+    root, _ = paths = make_frame_folders([5] * 5)
+    break_videos(root, 1, 2, 3)
+    loader = build_eval_loader(make_config(paths, workers=workers, on_error="skip"), clips=2)
+    for _ in range(2):
+        batches = list(loader)
+        assert indices(batches) == [0, 4]
+        assert [batch["clips"].shape for batch in batches] == [(2, 2, 3, 16, 16)] + [(0, 2, 3, 16, 16)] * 3 + [
+            (2, 2, 3, 16, 16)
+        ]
+        assert [index for index, _ in loader.unreadable] == [1, 2, 3]
+
+
+# Few shots
+
+
+def test_few_shots_are_the_same_videos_on_every_process_and_others_with_another_seed(make_frame_folders):
+    paths = make_frame_folders([1] * 24)  # six of each class
+    config = make_config(paths, shot=2)
+    chosen = build_train_loader(config).dataset.records
+    assert [record.label for record in chosen].count(3) == 2 and len(chosen) == 8
+    assert chosen == sorted(chosen, key=lambda record: int(record.path.split()[1]))  # the list's order
+    assert all(build_train_loader(config, rank, 2).dataset.records == chosen for rank in (0, 1))
+    config.seed = 12
+    assert build_train_loader(config).dataset.records != chosen
+    assert len(build_eval_loader(config).dataset) == 24
+
+
+def test_too_few_videos_for_the_shots_are_an_error_that_names_the_class(make_frame_folders, tmp_path):
+    paths = make_frame_folders([1] * 7)  # two of each class but the last
+    with pytest.raises(DataError, match="data.shot: 2 videos of every class, but class 3 has 1"):
+        build_train_loader(make_config(paths, shot=2))
+    names = tmp_path / "names.csv"
+    names.write_text("id,name\n0,a\n1,b\n2,c\n3,Drop\n")
+    with pytest.raises(DataError, match="but Drop has 1"):
+        build_train_loader(make_config(paths, shot=2, label_list=str(names)))
 
 
 # Evaluation

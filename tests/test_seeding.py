@@ -1,9 +1,10 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
-from utils.seeding import epoch_rng, sample_rng, seed_everything
+from utils.seeding import epoch_rng, sample_rng, seed_everything, seeded_globals
 
 
 def test_every_part_of_a_key_makes_another_stream():
@@ -27,3 +28,25 @@ def test_seed_everything_seeds_the_three_global_generators():
     draws = [draw(*key) for key in keys]
     assert draws == [draw(*key) for key in keys]
     assert all(len(set(column)) == len(keys) for column in zip(*draws, strict=True))
+
+
+def test_seeded_globals_decide_what_is_drawn_inside_and_nothing_outside():
+    def draw():
+        return random.gauss(0, 1), np.random.normal()  # both keep a second value for the next call
+
+    def draw_inside(*key):
+        with seeded_globals(*key):
+            return draw()
+
+    seed_everything(3)
+    expected = [draw() for _ in range(4)]
+    seed_everything(3)
+    keys = [(5,), (2**32 + 5,), (5, 0), (5, 1, 2)]
+    assert draw() == expected[0]
+    inside = [draw_inside(*key) for key in keys]
+    assert draw() == expected[1]
+    assert inside == [draw_inside(*key) for key in keys] and len(set(inside)) == len(keys)
+    assert draw() == expected[2]
+    with pytest.raises(ZeroDivisionError), seeded_globals(5):
+        draw(), 1 / 0
+    assert draw() == expected[3]

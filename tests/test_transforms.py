@@ -101,12 +101,15 @@ def test_training_pixels_equal_pillow_on_every_frame_alone():
         rng = np.random.default_rng(seed)
         box = draw_box(44, 32, rng)  # the shorter side is resized from 38 to 32
         flip = rng.random() < 0.5
+        gray = rng.random() < 0.2
         boxes_and_flips.add((box, flip))
         for pixels, frame in zip(clip, frames, strict=True):
             crop = frame.resize((44, 32), Image.Resampling.BICUBIC).crop(box)
             crop = crop.resize((32, 32), Image.Resampling.BILINEAR)
             if flip:
                 crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if gray:
+                crop = crop.convert("L").convert("RGB")
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(crop))
     assert len(boxes_and_flips) == 20
 
@@ -181,10 +184,11 @@ def test_the_label_follows_the_flip():
     for seed in range(20):
         kept = draw_crop(44, 32, 32, generator := rng(seed))(frames[0].resize((44, 32), Image.Resampling.BICUBIC))
         flipped = bool(generator.random() < 0.5)
+        gray = generator.random() < 0.2
         for label, mirrored in ((5, 6), (6, 5), (7, 7)):
             clip, out = transform(frames, label, rng(seed))
             assert out == (mirrored if flipped else label)
-            expected = to_clip([kept])
+            expected = to_clip([kept.convert("L").convert("RGB") if gray else kept])
             assert torch.equal(clip, expected.flip(-1) if flipped else expected)
         seen.add(flipped)
     assert seen == {False, True}

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.annotations import read_annotations
-from datasets.readers import FrameFolderReader
+from datasets.annotations import VideoRecord, read_annotations
+from datasets.readers import FrameFolderReader, Video
 from datasets.sampling import sample_test
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
@@ -41,9 +41,9 @@ class CountingReader(FrameFolderReader):
         super().__init__(root, image_tmpl)
         self.asked = []
 
-    def read(self, record, indices):
-        self.asked.append(list(indices))
-        return super().read(record, indices)
+    def open(self, record):
+        video = super().open(record)
+        return Video(video.num_frames, lambda indices: self.asked.append(list(indices)) or video.read(indices))
 
 
 # Reader
@@ -52,7 +52,7 @@ class CountingReader(FrameFolderReader):
 def test_index_zero_is_the_file_with_number_one(make_frame_folders):
     root, list_path = make_frame_folders([3])
     (record,) = read_annotations(list_path, 4)
-    frames = FrameFolderReader(root, "img_{:05d}.jpg").read(record, [2, 0])
+    frames = FrameFolderReader(root, "img_{:05d}.jpg").open(record).read([2, 0])
     for frame, number in zip(frames, (3, 1), strict=True):
         assert frame.mode == "RGB"
         with Image.open(f"{root}/video 0/img_{number:05d}.jpg") as expected:
@@ -65,7 +65,7 @@ def test_gray_and_palette_frames_become_rgb(make_frame_folders):
     path = f"{root}/video 0/img_00001.png"
     for mode in ("L", "P", "RGBA"):
         Image.new(mode, (8, 8)).save(path)
-        assert FrameFolderReader(root, "img_{:05d}.png").read(record, [0])[0].mode == "RGB"
+        assert FrameFolderReader(root, "img_{:05d}.png").open(record).read([0])[0].mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,34 @@ def test_a_template_that_does_not_take_a_number_is_an_error_of_its_key(image_tmp
     with pytest.raises(ConfigError, match="data.image_tmpl: ") as caught:
         FrameFolderReader("root", image_tmpl)
     assert repr(image_tmpl) in caught.value.line
+
+
+@pytest.mark.parametrize("image_tmpl", ["img_{:05d}.jpg", "jpg/f.{}+", "{0:03d}_{0}.jpg"])
+def test_frames_are_counted_by_the_form_of_their_names(tmp_path, image_tmpl):
+    folder, name = (tmp_path / "clip" / image_tmpl).parent, os.path.basename(image_tmpl)
+    folder.mkdir(parents=True)
+    for number in range(1, 13):
+        Image.new("RGB", (8, 8)).save(folder / name.format(number), format="JPEG")
+    for other in ("flow_00001.jpg", "img_x.jpg", "img_00001.jpg.bak", "fx1+", "thumbs.db", "001_1.png"):
+        (folder / other).touch()
+    record = VideoRecord("clip", 3, 0, "list.txt:1")
+    video = FrameFolderReader(str(tmp_path), image_tmpl, count_frames=True).open(record)
+    assert video.num_frames == 12 and len(video.read([11])) == 1
+    assert FrameFolderReader(str(tmp_path), image_tmpl).open(record).num_frames == 3
+    (folder / name.format(12)).unlink()
+    (folder / name.format(5)).unlink()
+    video = FrameFolderReader(str(tmp_path), image_tmpl, count_frames=True).open(record)
+    with pytest.raises(DataError, match="frame missing; listed at list.txt:1 with 10 frames, as counted"):
+        video.read([4])
+
+
+@pytest.mark.parametrize("folder", ["empty", "gone"])
+def test_a_folder_without_frames_is_an_error_when_frames_are_counted(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "00001.jpg").touch()
+    reader = FrameFolderReader(str(tmp_path), "img_{:05d}.jpg", count_frames=True)
+    with pytest.raises(DataError, match=f"{folder}: no file like img_.*; listed at list.txt:7; check"):
+        reader.open(VideoRecord(folder, 3, 0, "list.txt:7"))
 
 
 def break_missing(path):
@@ -158,7 +186,7 @@ def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folder
     first, second = two[5, 0]["clips"]
     assert torch.equal(first, one[5, 0]["clips"][0])
     assert not torch.equal(first, second)
-    assert two.reader.asked == [one.sample(one.records[0], 5, 0).tolist()]
+    assert two.reader.asked == [one.sample(30, 5, 0).tolist()]
     two.transform = lambda frames, label, rng: (EvalTransform("kinetics", 32)(frames)[0], label)
     first, second = two[5, 0]["clips"]
     assert torch.equal(first, second)
@@ -174,7 +202,7 @@ def test_a_frame_that_a_clip_repeats_is_read_once(make_frame_folders):
     dataset = train_dataset(paths := make_frame_folders([2]))
     dataset.reader = CountingReader(paths[0])
     clips = dataset[0, 0]["clips"][0]
-    indices = dataset.sample(dataset.records[0], 0, 0).tolist()
+    indices = dataset.sample(2, 0, 0).tolist()
     assert dataset.reader.asked == [[0, 1]]
     for t, index in enumerate(indices):
         assert torch.equal(clips[t], clips[indices.index(index)])
@@ -185,12 +213,12 @@ def test_a_frame_that_a_clip_repeats_is_read_once(make_frame_folders):
 def test_without_random_shift_training_takes_the_frames_of_validation(make_frame_folders, dense):
     dataset = train_dataset(make_frame_folders([30]), random_shift=False, dense=dense)
     expected = sample_test(30, 4, "kinetics", dense=dense)[0].tolist()
-    assert all(dataset.sample(dataset.records[0], epoch, 0).tolist() == expected for epoch in range(3))
+    assert all(dataset.sample(30, epoch, 0).tolist() == expected for epoch in range(3))
 
 
 def test_dense_training_takes_dense_frames(make_frame_folders):
     dataset = train_dataset(make_frame_folders([5]), dense=True)
-    assert dataset.sample(dataset.records[0], 0, 0).tolist() == [0, 2, 4, 1]
+    assert dataset.sample(5, 0, 0).tolist() == [0, 2, 4, 1]
 
 
 # Evaluation
@@ -205,7 +233,7 @@ def test_the_views_of_a_video_are_its_clips_crop_by_crop(make_frame_folders):
     assert sample["labels"].tolist() == sample["indices"].tolist() == [1]
     transform = EvalTransform("kinetics", 32, 3)
     for clip, indices in enumerate(sample_test(21, 4, "kinetics", 2)):
-        crops = transform(dataset.reader.read(dataset.records[1], indices.tolist()))
+        crops = transform(dataset.reader.open(dataset.records[1]).read(indices.tolist()))
         for crop in range(3):
             assert torch.equal(sample["clips"][crop * 2 + clip], crops[crop])
 

@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Litera
             fail(key, str(error))
     del values["base"]
     _check_legacy(entries, values, fail)
-    _check_together(values, fail)
+    _check_together(values, purpose, fail)
     _check_paths(values, purpose, fail)
 
     plain = {}
@@ -164,7 +164,7 @@ def _check_legacy(entries: dict[str, Entry], values: dict[str, object], fail: Fa
             fail(key, f"is {value!r}, but only {accepted[0]!r} is supported: {why}")
 
 
-def _check_together(values: dict[str, object], fail: Fail) -> None:
+def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None:
     """What no key can be checked for alone."""
     for key, only in NOT_BUILT.items():
         if values[key] != only:
@@ -173,6 +173,12 @@ def _check_together(values: dict[str, object], fail: Fail) -> None:
         fail("pretrain", "not together with resume, whose checkpoint already holds the weights")
     if values["data.dense"] and values["data.num_segments"] > 128:
         fail("data.num_segments", f"is {values['data.num_segments']}, at most 128 with data.dense")
+    if values["solver.mixup"] and purpose == "train":
+        clips = values["data.batch_size"] * values["data.num_sample"]
+        if clips % 2:
+            fail("data.batch_size", f"times data.num_sample is {clips}; solver.mixup pairs clips, so it must be even")
+        if values["solver.smoothing"] != 0.1:
+            fail("solver.smoothing", f"is {values['solver.smoothing']}, but solver.mixup goes with 0.1")
     if values["network.weights"] is not None and not values["network.init"]:
         fail("network.weights", "contradicts network.init: False, which leaves the tower random")
     if values["solver.start_epoch"] >= values["solver.epochs"]:

@@ -138,11 +138,19 @@ def free_value(value: object) -> object:
 FIELDS = {
     "base": Field("file", None, "A configuration, relative to this one, whose values hold where this one gives none."),
     "resume": Field("file", None, "Checkpoint of a run to go on with: weights, optimizer, epoch, random states."),
-    "pretrain": Field("file", None, "Checkpoint whose weights a new run starts from."),
+    "pretrain": Field(
+        "file", None, "Checkpoint, ours or a released one, to start from; another `data.num_classes` takes a new head."
+    ),
     "seed": Field("int", 1024, "Initialisation, order, frames, crops and flips derive from it.", _at_least(0)),
     # data
     "data.dataset": Field("str", REQUIRED, "With `something` in the name: that sampling and resizing.", _NOT_EMPTY),
     "data.modality": Field("str", "RGB", "`RGB` reads frame folders, `video` video files.", _one_of("RGB", "video")),
+    "data.decoder": Field(
+        "str",
+        "decord",
+        "Reads video files, with the same frames; `pyav` takes longer, and reads damaged files and MPEG streams too.",
+        _one_of("decord", "pyav"),
+    ),
     "data.num_segments": Field("int", 8, "Frames of a clip.", _at_least(1)),
     "data.batch_size": Field("int", REQUIRED, "Training videos of a batch, for each process.", _at_least(1)),
     "data.workers": Field("int", 4, "Loader processes for each training process; 0 loads in that one.", _at_least(0)),
@@ -151,10 +159,24 @@ FIELDS = {
     ),
     "data.num_classes": Field("int", REQUIRED, "Number of classes; labels run from 0 to one less.", _at_least(1)),
     "data.image_tmpl": Field("str", "img_{:05d}.jpg", "File name of a frame; the first is number 1.", _TEMPLATE),
+    "data.count_frames": Field(
+        "bool", False, "Count the files named like `data.image_tmpl` in each folder; the list's column is not used."
+    ),
+    "data.on_error": Field(
+        "str",
+        "stop",
+        "A video that cannot be read: `stop` ends the run; with `skip`, training takes the next one of the epoch's "
+        "order, and evaluation gives NaN scores, counted wrong. Evaluation always does so with video files.",
+        _one_of("stop", "skip"),
+    ),
     "data.train_root": Field("folder", None, "Where the paths of `data.train_list` start; training needs it."),
-    "data.train_list": Field("file", None, "Training videos, a line `path num_frames label` each; training needs it."),
+    "data.train_list": Field(
+        "file", None, "Training videos, a line `path num_frames label` (video files: `path label`) each; for training."
+    ),
     "data.val_root": Field("folder", None, "Where the paths of `data.val_list` start; always needed."),
-    "data.val_list": Field("file", None, "Videos to evaluate, a line `path num_frames label` each; always needed."),
+    "data.val_list": Field(
+        "file", None, "Videos to evaluate, in the same form; always needed. test.py takes one whose labels are all -1."
+    ),
     "data.label_list": Field("file", None, "Class names: a csv file with the header `id,name`."),
     "data.input_size": Field("int", 224, "Height and width, in pixels, of what the model sees.", _at_least(1)),
     "data.random_shift": Field("bool", True, "Training draws frames at random; False takes those of validation."),
@@ -164,7 +186,7 @@ FIELDS = {
     "data.rand_aug": Field("bool", False, "RandAugment, the same for all frames of a clip."),
     "data.rand_erase": Field("bool", False, "Random erasing, the same box in all frames of a clip."),
     "data.dense": Field("bool", False, "Frames from a window of 128, not the whole video; at most 128 segments then."),
-    "data.shot": Field("int", None, "Train on this many videos of each class.", _at_least(1)),
+    "data.shot": Field("int", None, "Train on this many videos of each class, chosen by `seed`.", _at_least(1)),
     # network
     "network.arch": Field("str", REQUIRED, "Frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY),
     "network.init": Field("bool", True, "Load the tower's weights from `clip_pretrain/`; False leaves it random."),
@@ -190,8 +212,8 @@ FIELDS = {
     "solver.weight_decay": Field("float", 0.15, "AdamW's weight decay, on everything that is trained.", _at_least(0)),
     "solver.clip_ratio": Field("float", 1.0, "The side network's rate is this times `solver.lr`.", _at_least(0)),
     "solver.grad_accumulation_steps": Field("int", 1, "Batches whose gradients make one step.", _at_least(1)),
-    "solver.mixup": Field("bool", False, "Mixup and cutmix of the clips of a batch."),
-    "solver.smoothing": Field("float", 0.1, "Label smoothing.", _FRACTION),
+    "solver.mixup": Field("bool", False, "Mixup or cutmix of the clips of a batch, two by two."),
+    "solver.smoothing": Field("float", 0.1, "Label smoothing; `solver.mixup` goes with 0.1.", _FRACTION),
     "solver.precision": Field(
         "str",
         "amp",
@@ -201,6 +223,9 @@ FIELDS = {
     "solver.clip_grad": Field("float", None, "Largest norm of the gradient; above, it is scaled down to it.", _ABOVE_0),
     # test
     "test.view_batch": Field("int", None, "Views in the model at once; None takes `data.batch_size`.", _at_least(1)),
+    "test.remap_labels": Field(
+        "bool", False, "Accept a checkpoint with the classes of `data.label_list` in another order; scores follow it."
+    ),
     # logging
     "logging.print_freq": Field("int", 10, "Iterations from one printed line to the next.", _at_least(1)),
     "logging.eval_freq": Field("int", 1, "Epochs from one evaluation to the next.", _at_least(1)),
@@ -209,12 +234,7 @@ FIELDS = {
 
 # Key -> the only value it may have until the rest is built.
 NOT_BUILT = {
-    "data.modality": "RGB",
-    "data.rand_aug": False,
-    "data.rand_erase": False,
-    "data.shot": None,
     "network.sync_bn": False,
-    "solver.mixup": False,
 }
 
 # Key -> the value it may have (ANY, or that of the other key named here), and why.

@@ -43,6 +43,15 @@ def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> t
     return tensor
 
 
+def gather(values: list) -> list:
+    """The lists of all processes as one, process by process, on every process."""
+    lists = [values]
+    if dist.is_initialized():
+        lists = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, values)
+    return [value for values in lists for value in values]
+
+
 def from_first(value: Any) -> Any:
     """The value that process 0 holds, on every process."""
     values = [value]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.loaders import view_batch
+from datasets.augment import BatchAugment
+from datasets.loaders import VideoLoader, view_batch
 from datasets.transforms import CLIP_MEAN, CLIP_STD, normalize_clips
 from modules.side4video import Side4Video
-from utils.distributed import all_reduce, get_rank, get_world_size
-from utils.errors import UserError
+from utils.distributed import all_reduce, gather, get_rank, get_world_size
+from utils.errors import DataError, UserError
 from utils.optim import lr_factor, set_learning_rate
 from utils.precision import Precision
 
@@ -76,8 +77,8 @@ def train_one_epoch(
     Raises:
         NonFiniteLossError: at the next report after the step that it names.
     """
-    solver, accumulation = config.solver, config.solver.grad_accumulation_steps
-    criterion = nn.CrossEntropyLoss(label_smoothing=solver.smoothing)
+    data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
+    augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
     monitor = LossMonitor(epoch, precision.device)
     model.train()
     mean_loss, started, waited = math.nan, time.perf_counter(), 0.0
@@ -90,11 +91,13 @@ def train_one_epoch(
         set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
         clips = batch["clips"].to(precision.device, non_blocking=True)
         labels = batch["labels"].to(precision.device, non_blocking=True)
+        clips = normalize_clips(clips, CLIP_MEAN, CLIP_STD)
+        clips, targets = augment(clips, labels, config.seed, epoch, iteration, get_rank())
         update = (iteration + 1) % accumulation == 0
         with nullcontext() if update else model.no_sync():
             with precision.autocast():
-                logits = model(normalize_clips(clips, CLIP_MEAN, CLIP_STD))
-            loss = criterion(logits.float(), labels)
+                logits = model(clips)
+            loss = nn.functional.cross_entropy(logits.float(), targets)
             scaler.scale(loss / accumulation).backward()
         if update:
             if solver.clip_grad is not None:
@@ -118,7 +121,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: Side4Video, loader: DataLoader, precision: Precision, config: DotMap) -> np.ndarray:
+def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, config: DotMap) -> np.ndarray:
     """Mean over views of softmax(logits), for every video of the list.
 
     Each process scores its own videos; the rows are then put together, so every video is counted once on any number of
@@ -128,7 +131,11 @@ def evaluate(model: Side4Video, loader: DataLoader, precision: Precision, config
         loader: of `build_eval_loader`; `test.view_batch` of its views go through the model at once.
 
     Returns:
-        float32 (videos, K), in list order, on every process.
+        float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
+        the log.
+
+    Raises:
+        DataError: no video at all could be read.
     """
     num_videos, num_classes = len(loader.dataset), config.data.num_classes
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
@@ -138,6 +145,8 @@ def evaluate(model: Side4Video, loader: DataLoader, precision: Precision, config
         total=math.ceil(num_videos / get_world_size()), unit="video", disable=None if get_rank() == 0 else True
     )
     for batch in loader:
+        if len(batch["indices"]) == 0:
+            continue
         chunks = []
         for views in batch["clips"].split(view_batch(config)):
             clips = views.to(precision.device, non_blocking=True)
@@ -149,7 +158,15 @@ def evaluate(model: Side4Video, loader: DataLoader, precision: Precision, config
         counted[indices] += 1
         progress.update(len(indices))
     progress.close()
+    for index, _ in loader.unreadable:
+        scores[index] = math.nan
+        counted[index] += 1
     all_reduce(scores)
     if not all_reduce(counted).eq(1).all():
         raise RuntimeError("a video was not counted exactly once; the evaluation loader is at fault")
+    unreadable = sorted(gather(loader.unreadable))
+    if len(unreadable) == num_videos:
+        raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")
+    for _, reason in unreadable:
+        log.info("no scores, counted wrong: %s", reason)
     return scores.cpu().numpy()

@@ -1,0 +1,94 @@
+"""The released checkpoints' names for our tensors, both ways (docs/protocol.md section 3).
+
+A released file holds the whole model, frozen tower included, under `model_state_dict`, with or without a leading
+`module.`. Shapes are the same as ours but for the leading axes of LEADING_AXES.
+"""
+
+import re
+
+from torch import Tensor, cat
+
+from modules.pretrained import refuse_misfits
+from modules.side4video import Side4Video
+from utils.errors import CheckpointError
+
+# Norm placement -> start of a name in Side4Video.state_dict() -> start of the released one. `*` is the layer's number;
+# of several starts that fit, the longest counts. Where a tuple stands, its tensors one after another make ours.
+OFFICIAL_NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "pre": {
+        "backbone.vit.patch_embed.proj.": "visual.conv1.",
+        "backbone.vit.cls_token": "visual.class_embedding",
+        "backbone.vit.pos_embed": "visual.positional_embedding",
+        "backbone.vit.norm_pre.": "visual.ln_pre.",
+        "backbone.vit.blocks.*.norm1.": "visual.transformer.resblocks.*.ln_1.",
+        "backbone.vit.blocks.*.attn.qkv.": "visual.transformer.resblocks.*.attn.in_proj_",
+        "backbone.vit.blocks.*.attn.proj.": "visual.transformer.resblocks.*.attn.out_proj.",
+        "backbone.vit.blocks.*.norm2.": "visual.transformer.resblocks.*.ln_2.",
+        "backbone.vit.blocks.*.mlp.fc1.": "visual.transformer.resblocks.*.mlp.c_fc.",
+        "backbone.vit.blocks.*.mlp.fc2.": "visual.transformer.resblocks.*.mlp.c_proj.",
+        "trained.side.stem.": "visual.side_conv1.",
+        "trained.side.stem_bn.": "visual.side_pre_bn3d.",
+        "trained.side.pos": "visual.transformer.side_spatial_position_embeddings",
+        "trained.side.projections.*.norm.": "visual.transformer.side_lns.*.",
+        "trained.side.projections.*.linear.": "visual.transformer.side_linears.*.",
+        "trained.side.blocks.*.": "visual.transformer.side_transformer.*.",
+        "trained.side.blocks.*.attn.qkv.": "visual.transformer.side_transformer.*.attn.in_proj_",
+        "trained.side.blocks.*.attn.proj.": "visual.transformer.side_transformer.*.attn.out_proj.",
+        "trained.side.post_bn.": "visual.side_post_bn.",
+        "trained.head.": "fc.",
+    },
+}
+LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}  # of size 1 in ours, absent there
+
+
+def to_official(model: Side4Video) -> dict[str, Tensor]:
+    """The whole model under the released names; the tensors are views of the model's.
+
+    Raises:
+        CheckpointError: the tower has tensors that no released checkpoint has.
+    """
+    own = model.state_dict()
+    state = {}
+    for name, theirs in official_names(model).items():
+        tensors = own[name].chunk(len(theirs)) if len(theirs) > 1 else [own[name]]
+        for part, tensor in zip(theirs, tensors, strict=True):
+            state[part] = tensor[(0,) * LEADING_AXES.get(part, 0)]
+    return state
+
+
+def from_official(model: Side4Video, state: dict[str, Tensor], source: str) -> tuple[dict, dict]:
+    """State dicts of `model.backbone` and `model.trained` from a released `model_state_dict`. Nothing is loaded.
+
+    Raises:
+        CheckpointError: tensors are missing or unknown. Shapes are left to who loads them.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    names = official_names(model)
+    known = dict.fromkeys(part for theirs in names.values() for part in theirs)
+    refuse_misfits(
+        source,
+        missing=[part for part in known if part not in state],
+        unknown=[name for name in state if name not in known],
+    )
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "trained": {}}
+    for name, theirs in names.items():
+        tensors = [state[part][(None,) * LEADING_AXES.get(part, 0)] for part in theirs]
+        root, _, rest = name.partition(".")
+        parts[root][rest] = tensors[0] if len(tensors) == 1 else cat(tensors)
+    return parts["backbone"], parts["trained"]
+
+
+def official_names(model: Side4Video) -> dict[str, tuple[str, ...]]:
+    """Name in `model.state_dict()` -> released names of the tensor, or of its parts along the first axis."""
+    table = OFFICIAL_NAMES[model.trained.side.norm_placement]
+    names = {}
+    for name in model.state_dict():
+        layer = re.search(r"\.(\d+)\.", name)
+        pattern = name.replace(layer[0], ".*.", 1) if layer else name
+        start = max((start for start in table if pattern.startswith(start)), key=len, default=None)
+        if start is None:
+            raise CheckpointError(f"{name}: a tensor of this model that the released checkpoints have no name for")
+        theirs = (table[start],) if isinstance(table[start], str) else table[start]
+        rest = pattern.removeprefix(start)
+        names[name] = tuple((part + rest).replace("*", layer[1] if layer else "") for part in theirs)
+    return names
