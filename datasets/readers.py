@@ -21,9 +21,9 @@ from PIL import Image
 from datasets.annotations import VideoRecord
 from utils.errors import ConfigError, DataError, UserError
 
-# decord marks the end of a file 128 times, and counts a mark that it skips as a frame. To skip fewer at once is to meet
-# a mark in `next`, which then raises its error: so no mark passes for a frame, and they do not run out, which hangs.
-LONGEST_SKIP = 1000
+# decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. If it
+# skips fewer at once, a file that has fewer frames than counted is found out by `next`, which takes no mark for a frame.
+LONGEST_SKIP = 64
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -129,3 +130,22 @@ def test_errors_of_the_processes_come_last_once_each(call, tmp_path):
     assert (done.returncode, done.stderr) == (3, "error: second\nerror: first\n")
     assert call("run_train_vision.sh", "c.yaml").stderr == ""
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "system", "decoder"),
+    [
+        ("x86_64", "linux", "decord"),
+        ("AMD64", "win32", "decord"),
+        ("aarch64", "linux", "decord2"),
+        ("arm64", "darwin", "decord2"),
+        ("x86_64", "darwin", "decord2"),
+        ("ARM64", "win32", "decord2"),
+    ],
+)
+def test_requirements_name_one_decord_for_every_machine(machine, system, decoder):
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    requirements = [Requirement(line) for line in lines if line]
+    environment = {"platform_machine": machine, "sys_platform": system}
+    wanted = [r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)]
+    assert [name for name in wanted if name.startswith("decord")] == [decoder]

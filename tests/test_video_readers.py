@@ -191,14 +191,14 @@ def test_an_mp4_that_ends_inside_a_frame_is_read_by_pyav_and_refused_by_decord(t
     assert numbers(path, "pyav") == numbers(path, "decord") == list(range(30))
 
 
-@pytest.mark.parametrize("empty", [1, 200])  # decord has 128 marks for the end of the file, and waits for more in vain
+@pytest.mark.parametrize("empty", [5, 200])  # decord has 128 marks for the end of the file, and waits for more in vain
 def test_packets_without_a_picture_are_an_error_with_decord_which_counts_them(tmp_path, empty):
     path = tmp_path / "clip.mp4"
     write(path, frames=40, codec="mpeg4", keys=1000, empty=empty)
     assert numbers(path, "pyav")[:40] == list(range(40))
     assert open_video(path, "decord").num_frames == 40 + empty
     assert numbers(path, "decord", [0, 39]) == [0, 39]
-    for indices in ([40], [30, 40 + empty // 2], [39 + empty]):
+    for indices in ([42], [30, 40 + empty // 2], [39 + empty]):  # some FFmpeg give the last picture twice
         with pytest.raises(DataError, match="clip.mp4: decord cannot read it .*data.decoder=pyav may read it$"):
             numbers(path, "decord", indices)
 
