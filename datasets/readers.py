@@ -21,8 +21,8 @@ from PIL import Image
 from datasets.annotations import VideoRecord
 from utils.errors import ConfigError, DataError, UserError
 
-# decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. If it
-# skips fewer at once, a file that has fewer frames than counted is found out by `next`, which takes no mark for a frame.
+# decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
+# it skips fewer at once, it is `next` that finds out a file with fewer frames than counted: it takes no mark for one.
 LONGEST_SKIP = 64
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole way on generated videos: make .venv, make the data, train, test with 3 crops x 2 clips.
+# The whole way on generated videos: make .venv, make the data, train, test with 3 crops x 2 clips, test on video files.
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
@@ -9,3 +9,5 @@ make_environment requirements.txt
 rm -rf exp_onehot/demo # of the last demo; training refuses a folder that holds another run
 sh scripts/run_train_vision.sh configs/demo/motion.yaml --output exp_onehot/demo
 sh scripts/run_test_vision.sh configs/demo/motion.yaml exp_onehot/demo/model_best.pt --test_crops 3 --test_clips 2
+sh scripts/run_test_vision.sh configs/demo/motion.yaml exp_onehot/demo/model_best.pt \
+    data.modality=video data.val_root=demo_data/motion/videos data.val_list=demo_data/motion/val_videos.txt
