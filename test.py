@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
     checkpoint = read_checkpoint(args.weights)
     model = build_model(config, load_tower=not holds_tower(checkpoint))
     load_model_state(model, checkpoint, args.weights)
+    if config.network.shard_backbone:
+        model.shard_backbone(device)
     model.to(device)
     precision = resolve_precision(config.solver.precision, device)
     loader = build_eval_loader(

@@ -76,6 +76,9 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     model = build(config, load_tower=start is None or not holds_tower(start))
     if start is not None:
         load_start(model, start, source, config, class_names)
+    frozen = {} if config.solver.evaluate or get_rank() > 0 else model_state(model)
+    if config.network.shard_backbone:
+        model.shard_backbone(device)
     model.to(device)
     if get_world_size() > 1:
         model.parallelize()
@@ -92,7 +95,6 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     first_epoch, best = config.solver.start_epoch, -1.0
     if config.resume:
         first_epoch, best = resume(start, optimizer, scaler, config)
-    frozen = model_state(model)
     for epoch in range(first_epoch, config.solver.epochs):
         seed_everything(config.seed, epoch, get_rank())
         train_loader.sampler.set_epoch(epoch)
@@ -165,8 +167,9 @@ def prepare_output(config: DotMap, output: str | None) -> Path:
 
 def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float]:
     """Restore optimizer and scaler; rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
-    if is_official(checkpoint):
-        raise CheckpointError(f"{config.resume}: a released checkpoint can only be started from, by pretrain")
+    if "optimizer" not in checkpoint:
+        kind = "released" if is_official(checkpoint) else "converted"
+        raise CheckpointError(f"{config.resume}: a {kind} checkpoint can only be started from, by pretrain")
     for key, old, new in differences(checkpoint["config"], config.toDict()):
         log.warning("resume: %s was %s and is %s now", key, old, new)
     groups = optimizer.state_dict()["param_groups"]

@@ -9,13 +9,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import eva, load_state_dict_from_hf, vision_transformer
 from torch import Tensor
 
 from modules.backbones import OPENAI, Architecture, FrozenTower
 from modules.torchscript_archive import is_torchscript, read_torchscript
 from utils.errors import CheckpointError, ConfigError
+from utils.hashing import tower_hashes
 
+HUB = "hub"
 PRETRAINED_DIR = Path("clip_pretrain")
 CUT_OFF = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")  # what FrozenTower prunes: nothing reads it
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 def load_tower_weights(tower: FrozenTower, architecture: Architecture, arch: str, weights: str | None = None) -> None:
     """Fill the tower from `weights`, or from the architecture's own file in clip_pretrain/, and log one line.
 
+    `weights` is a path, or `hub`: what timm publishes for a `timm/<name>`, from its cache or downloaded.
+
     The file is any that `read_state_dict` reads, in half or single precision, with OpenAI's or timm's names; every
     tensor of the tower must be in it, and nothing that the tower does not know but its final norm, its projection and
     the text tower.
@@ -33,16 +37,41 @@ def load_tower_weights(tower: FrozenTower, architecture: Architecture, arch: str
         ConfigError: no file is there, or the architecture has none of its own.
         CheckpointError: the file cannot be read, or tensors are missing, unknown or of another shape.
     """
-    path = find_weight_file(architecture, arch, weights)
-    published = read_state_dict(path)
-    converted = checkpoint_filter_fn(published, tower.vit)
-    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith(CUT_OFF)}
-    load_strictly(tower.vit, tensors, f"{path} (network.arch {arch})")
-    tower.weight_file = path.name
+    if weights == HUB:
+        source, published = fetch_from_hub(tower, architecture, arch)
+        name = source
+    else:
+        source = find_weight_file(architecture, arch, weights)
+        name, published = source.name, read_state_dict(source)
+    family = eva if isinstance(tower.vit, eva.Eva) else vision_transformer
+    cut_off = (*CUT_OFF, *(f"blocks.{i}." for i in range(tower.num_blocks, tower.depth)))
+    converted = family.checkpoint_filter_fn(published, tower.vit)
+    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith(cut_off)}
+    load_strictly(tower.vit, tensors, f"{source} (network.arch {arch})", assign=True)
+    tower.weight_file = name
+    tower.hashes = tower_hashes({f"vit.{name}": tensor for name, tensor in tensors.items()})
     unused = len(published) - len(tensors)
     log.info(
-        "tower: %d tensors from %s; %d others not needed (final norm, projection, text)", len(tensors), path, unused
+        "tower: %d tensors from %s; %d others not needed (final norm, projection, text)", len(tensors), source, unused
     )
+
+
+def fetch_from_hub(tower: FrozenTower, architecture: Architecture, arch: str) -> tuple[str, dict[str, Tensor]]:
+    """Name and tensors of timm's own weights. A named architecture is refused: timm's are not those it stands for."""
+    if architecture.weight_file is not None:
+        raise ConfigError(f"network.weights: hub is for timm/<name>; {arch} means the file {architecture.weight_file}")
+    pretrained = tower.vit.pretrained_cfg
+    if not pretrained.get("hf_hub_id"):
+        raise ConfigError(f"network.weights: hub has no weights for {arch}; name a file, or another tag of the model")
+    source = f"hub:{pretrained['hf_hub_id']}"
+    filename = {"filename": pretrained["hf_hub_filename"]} if pretrained.get("hf_hub_filename") else {}
+    try:
+        return source, load_state_dict_from_hf(pretrained["hf_hub_id"], weights_only=True, **filename)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(
+            f"network.weights: {source} could not be fetched ({reason}); try again with a connection, or name a file"
+        ) from error
 
 
 def find_weight_file(architecture: Architecture, arch: str, weights: str | None) -> Path:
@@ -106,8 +135,12 @@ def explain(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict` whose error is one line that lists what is missing, unknown or of another shape."""
+def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: str, assign: bool = False) -> None:
+    """`load_state_dict` whose error is one line that lists what is missing, unknown or of another shape.
+
+    With `assign`, tensors of the module's types become its own, with no copy: a mapped file stays where it is, and must
+    not be written to afterwards. Those of other types are converted one by one. Parameters may be on the meta device.
+    """
     own = module.state_dict()
     refuse_misfits(
         source,
@@ -119,7 +152,9 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: s
             if name in tensors and tensors[name].shape != own[name].shape
         ],
     )
-    module.load_state_dict(tensors)
+    if assign:
+        tensors = {name: tensors[name].to(tensor.dtype).contiguous() for name, tensor in own.items()}
+    module.load_state_dict(tensors, assign=assign)
 
 
 def refuse_misfits(source: str, **misfits: list[str]) -> None:

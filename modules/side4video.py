@@ -6,12 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from dotmap import DotMap
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modules.backbones import FrozenTower, find_architecture
 from modules.pretrained import load_tower_weights
 from modules.side_network import SideNetwork
 from utils.errors import ConfigError
+from utils.precision import resolve_precision
+
+VARIANT_LAYERS = {"pre": "all", "post": "every2"}  # blocks that each variant reads, if network.side_layers says nothing
 
 
 class SideClassifier(nn.Module):
@@ -35,11 +39,23 @@ class Side4Video(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.trained = trained
+        self.sharded = False
         self._replicas: list[DistributedDataParallel] = []  # a list, so that state_dict() does not see the wrapper
 
     def forward(self, clips: Tensor) -> Tensor:
         trained = self._replicas[0] if self._replicas and self.training else self.trained
         return trained(clips, self.backbone.layer_tokens(clips))
+
+    def shard_backbone(self, device: torch.device) -> None:
+        """Split the tower's tensors over the processes of the default group, on `device`; nothing for one process.
+
+        The tower must be filled, on the CPU. `sharded` is True afterwards, and all processes must call the model
+        equally often.
+        """
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return
+        self.backbone.shard(init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
+        self.sharded = True
 
     def parallelize(self) -> None:
         """Average the gradients of the trained part over the processes of the default group; the tower stays outside.
@@ -62,14 +78,24 @@ class Side4Video(nn.Module):
         return self._replicas[0].no_sync() if self._replicas else nullcontext()
 
 
+def backbone_dtype(config: DotMap) -> torch.dtype:
+    """The type of `network.backbone_dtype`; `auto` depends on whether there is a GPU."""
+    name = config.network.backbone_dtype
+    if name != "auto":
+        return getattr(torch, name)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return resolve_precision(config.solver.precision, torch.device("cuda")).dtype
+
+
 def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
-    """Build the model of a configuration on the CPU, in float32.
+    """Build the model of a configuration on the CPU: the tower of `network.backbone_dtype`, the rest in float32.
 
     Random parts are drawn from torch's global generator.
 
     Args:
-        config: sections `network` and `data` are read.
-        load_tower: False leaves the tower random even with `network.init: True`; for callers that load a checkpoint
+        config: sections `network` and `data` are read, and `solver.precision` where there is a GPU.
+        load_tower: False leaves the tower without weights, on the meta device; for callers that load a checkpoint
             which holds the tower.
 
     Raises:
@@ -78,17 +104,21 @@ def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
     """
     network, data = config.network, config.data
     architecture = find_architecture(network.arch)
-    tower = FrozenTower(architecture.timm_name, data.input_size, network.backbone_kwargs)
+    variant = network.side_variant or architecture.side_variant
+    side_layers = VARIANT_LAYERS[variant] if network.side_layers is None else network.side_layers
+    filled = network.init or not load_tower
+    tower = FrozenTower(architecture.timm_name, data.input_size, network.backbone_kwargs, side_layers, filled)
+    tower.convert(backbone_dtype(config))
     if network.init and load_tower:
         load_tower_weights(tower, architecture, network.arch, network.weights)
     try:
         side = SideNetwork(
             backbone_width=tower.width,
             side_width=network.side_dim,
-            num_layers=tower.num_blocks,
+            num_layers=len(tower.layers),
             patch_size=tower.patch_size,
             num_patches=tower.num_patches,
-            norm_placement="pre",
+            norm_placement=variant,
         )
     except ValueError as error:
         raise ConfigError(f"network.side_dim: {error}") from error

@@ -160,7 +160,9 @@ class LayerProjection(nn.Module):
         self.linear = nn.Linear(backbone_width, side_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, 1 + N, D) -> (B, T, 1 + N, S)."""
+        """(B, T, 1 + N, D) of any type -> (B, T, 1 + N, S)."""
+        if not torch.is_autocast_enabled(tokens.device.type):  # which would take care of it
+            tokens = tokens.to(self.linear.weight.dtype)
         return _with_norm(self.norm_placement, self.norm, self.linear, tokens)
 
 

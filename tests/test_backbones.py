@@ -19,6 +19,7 @@ def tiny_tower(arch="ViT-B/16", **kwargs):
 
 def tiny_config(arch="ViT-B/16", init=False, weights=None, **kwargs):
     network = {"arch": arch, "init": init, "weights": weights, "side_dim": 64, "drop_fc": 0.0}
+    network |= {"backbone_dtype": "auto", "side_variant": None, "side_layers": None}
     network["backbone_kwargs"] = {**TINY, **kwargs}
     return DotMap({"network": network, "data": {"input_size": 32, "num_classes": 5}}, _dynamic=False)
 
@@ -54,7 +55,8 @@ def published_form(tower, dtype=torch.float32):
 def test_every_named_architecture_is_a_timm_model_with_a_published_file(arch):
     architecture = find_architecture(arch)
     assert timm.is_model(architecture.timm_name)
-    assert architecture.weight_file.startswith(arch.split("/")[0]) and architecture.publisher
+    assert architecture.weight_file.startswith(arch[:3]) and architecture.publisher
+    assert architecture.side_variant == ("post" if arch.startswith("EVA") else "pre")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_logits_have_the_shape_clips_by_classes():
 def test_parameter_counts_of_the_paper():
     def millions(arch):
         network = {"arch": arch, "init": False, "weights": None, "side_dim": 320, "drop_fc": 0.0, "backbone_kwargs": {}}
+        network |= {"backbone_dtype": "auto", "side_variant": None, "side_layers": None}
         model = build_model(DotMap({"network": network, "data": {"input_size": 224, "num_classes": 174}}))
         return [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in (model.trained, model.backbone)]
 

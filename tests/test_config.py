@@ -353,6 +353,10 @@ def test_a_required_key_that_is_missing_is_an_error_with_its_sentence(key):
         ("network.side_dim=0", "0"),
         ("network.side_dim=-64", "-64"),
         ("network.side_dim=100", "100"),
+        ("network.side_variant=both", "'both'"),
+        ("network.side_layers=every3", "'every3'"),
+        ("network.side_layers=last:0", "'last:0'"),
+        ("network.side_layers=[a]", "['a']"),
         ("network.drop_fc=1", "1"),
         ("network.drop_fc=-0.1", "-0.1"),
         ("solver.smoothing=1.0", "1.0"),
@@ -525,6 +529,15 @@ def test_the_lists_and_roots_that_a_run_needs_must_be_given_and_exist(purpose, e
 def test_a_file_that_is_named_must_exist(key):
     load(f"{key}=last_model.pt")
     assert error_line(f"{key}=gone.pt") == f"command line: {key}: no such file: {Path.cwd() / 'gone.pt'}"
+
+
+def test_hub_is_no_file():
+    assert load("network.weights=hub").network.weights == "hub"
+
+
+@pytest.mark.parametrize("text, value", [("all", "all"), ("last:3", "last:3"), ("[1,3]", [1, 3]), ("None", None)])
+def test_side_layers_are_a_rule_or_a_list(text, value):
+    assert load(f"network.side_layers={text}").network.side_layers == value
 
 
 @pytest.mark.parametrize("key", ["resume", "pretrain", "network.weights"])

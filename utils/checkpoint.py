@@ -6,7 +6,7 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
     trained           state dict of the side network and head
     tower             state dict of the frozen tower, or None when its tensors came from a named file
     tower_file        name of that file, or None
-    tower_sha256      hash of the tower's tensors, checked at load
+    tower_sha256      hash of the tower's tensors in float32, as its file holds them, checked at load
     tower_sha256_but_positions  the same without the position table, checked at another input size
     optimizer, scaler state dicts
     epoch             epochs finished
@@ -17,10 +17,12 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
 Random states are not stored because none carries over an epoch: every draw of data derives from (seed, epoch, index,
 repeat), and the global generators are seeded from (seed, epoch, process) at the start of each.
 
-The released checkpoints of Side4Video (utils/official.py) are read by the same functions.
+The released checkpoints of Side4Video (utils/official.py) are read by the same functions, and so are the .safetensors
+files of tools/convert_checkpoint.py: tensors `trained.*` and, if held, `tower.*`; the rest, without the states of
+optimizer and scaler, is JSON in the metadata entry "side4video".
 """
 
-import hashlib
+import json
 import logging
 import math
 import os
@@ -31,37 +33,34 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from modules.pretrained import load_strictly
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError
+from utils.hashing import TOWER_POSITIONS, tower_hashes
+from utils.hashing import hash_tensors as hash_tensors
 from utils.official import from_official, to_official
 
 FORMAT = "side4video/1"
-TOWER_POSITIONS = "vit.pos_embed"
+SAFETENSORS = ".safetensors"
+METADATA = "side4video"
 
 log = logging.getLogger(__name__)
-
-
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """`write(file)` into a new file beside `path`, then rename: a reader finds the old file or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
-            file.flush()
+        with open(temporary, "rb") as file:  # opened anew: safetensors puts a file of its own in the place
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -71,19 +70,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def model_state(model: Side4Video) -> dict[str, Any]:
-    """The part of a checkpoint that makes the model. The hash takes a while for a big tower: compute it once."""
+    """The part of a checkpoint that makes the model, to be computed once, before the tower is sharded.
+
+    The hash of a tower from a named file is that of the file's tensors, taken before they were converted to
+    `network.backbone_dtype`; the hash of a tower that the checkpoint holds is that of what it holds.
+    """
     tower = model.backbone.state_dict()
+    named = model.backbone.weight_file is not None
     return {
-        "tower": None if model.backbone.weight_file else tower,
+        "tower": None if named else tower,
         "tower_file": model.backbone.weight_file,
-        "tower_sha256": hash_tensors(tower),
-        "tower_sha256_but_positions": hash_tensors(_but_positions(tower)),
+        **((named and model.backbone.hashes) or tower_hashes(tower)),
     }
-
-
-def _but_positions(tower: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the only tensor that another input size changes."""
-    return {name: tensor for name, tensor in tower.items() if name != TOWER_POSITIONS}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -101,8 +99,39 @@ def save_official(path: Path, model: Side4Video, epoch: int = 0, optimizer: dict
     write_atomically(path, lambda file: torch.save(state, file))
 
 
+def save_safetensors(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically as a .safetensors file, without the states of optimizer and scaler."""
+    left_out = {"tower", "trained", "optimizer", "scaler"}
+    facts = {"format": FORMAT, **{key: value for key, value in state.items() if key not in left_out}}
+    tensors = {name: tensor.contiguous() for name, tensor in flat_tensors(state).items()}
+    write_atomically(path, lambda file: save_file(tensors, file.name, metadata={METADATA: json.dumps(facts)}))
+
+
+def flat_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint: `tower.*` and `trained.*`, or the released names."""
+    if is_official(checkpoint):
+        return checkpoint["model_state_dict"]
+    parts = {part: checkpoint[part] or {} for part in ("tower", "trained")}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """What `save_safetensors` wrote; {} for a file of something else."""
+    parts = {"tower": {}, "trained": {}}
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        if not facts:
+            return {}
+        for name in file.keys():  # noqa: SIM118, the file is no dictionary
+            part, _, rest = name.partition(".")
+            parts[part][rest] = file.get_tensor(name)
+    return {**facts, "tower": parts["tower"] or None, "trained": parts["trained"]}
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this project, or a released one of Side4Video, onto the CPU. No code of the file is run.
+
+    A .safetensors file of this project reads as the same dictionary, without `optimizer` and `scaler`.
 
     Raises:
         CheckpointError: the file is absent, unreadable, or neither of the two.
@@ -111,7 +140,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if path.suffix == SAFETENSORS:
+            content = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # torch says more before it
@@ -179,15 +211,15 @@ def load_model_state(
     head_kept = _fit_head(model, trained, source, new_head)
     resampled = new_size and _fit_positions(model, tower, trained, source)
     if tower is not None:
-        load_strictly(model.backbone, tower, f"{source} (frozen tower)")
-        model.backbone.weight_file = None
+        load_strictly(model.backbone, tower, f"{source} (frozen tower)", assign=True)
+        model.backbone.weight_file = model.backbone.hashes = None
     load_strictly(model.trained, trained, str(source))
     if official:
         return head_kept
 
-    present = model.backbone.state_dict()
-    found = hash_tensors(_but_positions(present) if resampled else present)
-    if found != (expected := checkpoint["tower_sha256_but_positions" if resampled else "tower_sha256"]):
+    key = "tower_sha256_but_positions" if resampled else "tower_sha256"
+    present = tower_hashes(tower) if tower is not None else model_state(model)
+    if (found := present[key]) != (expected := checkpoint[key]):
         raise CheckpointError(
             f"{source}: was trained beside another frozen tower ({checkpoint['tower_file'] or 'held by the file'}, "
             f"SHA-256 of its tensors {expected[:12]}, here {found[:12]}); check network.arch, network.init and "
@@ -219,7 +251,8 @@ def _fit_positions(
     if old == new or old**2 != len(table):
         return False
     trained["side.pos"] = resample_abs_pos_embed(table[None], [new, new], num_prefix_tokens=0)[0]
-    prefix, table = 0 if model.backbone.vit.no_embed_class else 1, (tower or {}).get(TOWER_POSITIONS)
+    vit, table = model.backbone.vit, (tower or {}).get(TOWER_POSITIONS)
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     if table is not None and table.shape[:2] == (1, prefix + old**2):
         tower[TOWER_POSITIONS] = resample_abs_pos_embed(table, [new, new], num_prefix_tokens=prefix)
     log.info("positions: %d x %d patches of %s resampled to %d x %d", old, old, source, new, new)

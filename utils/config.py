@@ -27,10 +27,13 @@ class Entry(NamedTuple):
     origin: str
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Literal["train", "test"] = "train") -> DotMap:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), purpose: Literal["train", "test", "model"] = "train"
+) -> DotMap:
     """The configuration of one run: every key of the schema but `base`; asking the DotMap for another name is an error.
 
-    `overrides` are `section.key=value` with the value in YAML. Lists and roots that `purpose` needs must exist.
+    `overrides` are `section.key=value` with the value in YAML. Lists and roots that `purpose` needs must exist;
+    "model" needs none.
     `.toDict()` is the plain form, and its YAML loads to the same again. A copy of the DotMap answers any name.
     Raises ConfigError.
     """
@@ -191,6 +194,8 @@ def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None
 
 
 def _check_paths(values: dict[str, object], purpose: str, fail: Fail) -> None:
+    if purpose == "model":
+        return
     needed, optional = ["data.val_list", "data.val_root"], ["data.label_list"]
     if purpose == "train":  # a test has its own checkpoint, which may hold the tower too
         optional += ["network.weights", "resume", "pretrain"]
@@ -201,7 +206,7 @@ def _check_paths(values: dict[str, object], purpose: str, fail: Fail) -> None:
         exists = os.path.isdir if field.kind == "folder" else os.path.isfile
         if value is None and key in needed:
             fail(key, f"missing, and this run needs it: {field.doc}")
-        if value is not None and not exists(value):
+        if value is not None and (key, value) != ("network.weights", "hub") and not exists(value):
             fail(key, f"no such {field.kind}: {os.path.abspath(value)}")
 
 

@@ -29,6 +29,7 @@ KINDS = {
     "list of int": "a list of whole numbers",
     "list of float": "a list of numbers",
     "int or list of int": "a whole number or a list of them",
+    "layers": "`all`, `every2`, `last:N` or a list of whole numbers",
     "dict": "a mapping of names to values",
 }
 # PyYAML reads a number with an exponent as text unless it has both a point and a signed exponent.
@@ -113,6 +114,10 @@ def _convert(kind: str, value: object) -> object:
             return [_convert(kind.removeprefix("list of "), item) for item in value]
         case "int or list of int":
             return _convert("list of int" if isinstance(value, list) else "int", value)
+        case "layers" if isinstance(value, list):
+            return _convert("list of int", value)
+        case "layers" if isinstance(value, str) and re.fullmatch(r"all|every2|last:[1-9]\d*", value):
+            return value
         case "dict" if isinstance(value, dict):
             return free_value(value)
     raise ValueError
@@ -190,10 +195,35 @@ FIELDS = {
     # network
     "network.arch": Field("str", REQUIRED, "Frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY),
     "network.init": Field("bool", True, "Load the tower's weights from `clip_pretrain/`; False leaves it random."),
-    "network.weights": Field("file", None, "Weight file of the tower, in place of the one in `clip_pretrain/`."),
+    "network.weights": Field(
+        "file",
+        None,
+        "Weight file of the tower, in place of the one in `clip_pretrain/`; `hub` lets timm download its own.",
+    ),
     "network.backbone_kwargs": Field("dict", {}, "Passed to timm for the tower; replaces a base's mapping as a whole."),
     "network.drop_fc": Field("float", 0.0, "Dropout before the classifier.", _FRACTION),
     "network.side_dim": Field("int", REQUIRED, "Side width; 320 for ViT-B, 512 for ViT-L/14 in the paper.", _WIDTH),
+    "network.side_variant": Field(
+        "str",
+        None,
+        "Norms before or after the side network's layers; None: `post` for EVA-CLIP, else `pre`.",
+        _one_of("pre", "post"),
+    ),
+    "network.side_layers": Field(
+        "layers",
+        None,
+        "Tower blocks that the side network reads, from 0; None: `all` for `pre`, `every2` (1, 3, 5, ...) for `post`. "
+        "Blocks after the last one read are not computed.",
+    ),
+    "network.backbone_dtype": Field(
+        "str",
+        "auto",
+        "Type that the frozen tower is stored and run in; `auto`: that of `solver.precision` on a GPU, or float32.",
+        _one_of("auto", "float32", "bfloat16", "float16"),
+    ),
+    "network.shard_backbone": Field(
+        "bool", False, "Split the frozen tower's weights over the processes; each block is put together when it runs."
+    ),
     "network.sync_bn": Field("bool", False, "BatchNorm statistics over all processes instead of each one's own."),
     # solver
     "solver.type": Field("str", "cosine", "Learning rate after the warm-up.", _one_of("cosine", "multistep")),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from datasets.augment import BatchAugment
 from datasets.loaders import VideoLoader, view_batch
-from datasets.transforms import CLIP_MEAN, CLIP_STD, normalize_clips
+from datasets.transforms import normalize_clips
 from modules.side4video import Side4Video
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
@@ -91,7 +91,7 @@ def train_one_epoch(
         set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
         clips = batch["clips"].to(precision.device, non_blocking=True)
         labels = batch["labels"].to(precision.device, non_blocking=True)
-        clips = normalize_clips(clips, CLIP_MEAN, CLIP_STD)
+        clips = normalize_clips(clips, model.backbone.mean, model.backbone.std)
         clips, targets = augment(clips, labels, config.seed, epoch, iteration, get_rank())
         update = (iteration + 1) % accumulation == 0
         with nullcontext() if update else model.no_sync():
@@ -120,6 +120,11 @@ def train_one_epoch(
     return mean_loss
 
 
+def keep_step(model: Side4Video, device: torch.device, working: bool = True) -> bool:
+    """True while any process has work left, if the tower is sharded, so that processes without must join in."""
+    return model.sharded and all_reduce(torch.tensor(float(working), device=device)).item() > 0
+
+
 @torch.no_grad()
 def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, config: DotMap) -> np.ndarray:
     """Mean over views of softmax(logits), for every video of the list.
@@ -137,7 +142,7 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
     Raises:
         DataError: no video at all could be read.
     """
-    num_videos, num_classes = len(loader.dataset), config.data.num_classes
+    data, num_videos, num_classes = config.data, len(loader.dataset), config.data.num_classes
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
     model.eval()
@@ -150,13 +155,17 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
         chunks = []
         for views in batch["clips"].split(view_batch(config)):
             clips = views.to(precision.device, non_blocking=True)
+            keep_step(model, precision.device)
             with precision.autocast():
-                chunks.append(model(normalize_clips(clips, CLIP_MEAN, CLIP_STD)).float())
+                chunks.append(model(normalize_clips(clips, model.backbone.mean, model.backbone.std)).float())
         probabilities = torch.cat(chunks).softmax(dim=-1)
         indices = batch["indices"].to(precision.device, non_blocking=True)
         scores[indices] = probabilities.view(len(indices), -1, num_classes).mean(dim=1)
         counted[indices] += 1
         progress.update(len(indices))
+    while keep_step(model, precision.device, working=False):
+        shape = (1, data.num_segments, 3, data.input_size, data.input_size)
+        model(torch.zeros(shape, device=precision.device))
     progress.close()
     for index, _ in loader.unreadable:
         scores[index] = math.nan

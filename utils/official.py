@@ -37,12 +37,41 @@ OFFICIAL_NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "trained.side.post_bn.": "visual.side_post_bn.",
         "trained.head.": "fc.",
     },
+    "post": {
+        "backbone.vit.patch_embed.": "visual.patch_embed.",
+        "backbone.vit.cls_token": "visual.cls_token",
+        "backbone.vit.pos_embed": "visual.pos_embed",
+        "backbone.vit.blocks.*.": "visual.blocks.*.",
+        "backbone.vit.blocks.*.attn.q_proj.bias": "visual.blocks.*.attn.q_bias",
+        "backbone.vit.blocks.*.attn.v_proj.bias": "visual.blocks.*.attn.v_bias",
+        "backbone.vit.blocks.*.attn.norm.": "visual.blocks.*.attn.inner_attn_ln.",
+        "trained.side.stem.": "visual.side_conv1.",
+        "trained.side.stem_bn.": "visual.side_pre_bn3d.",
+        "trained.side.pos": "visual.side_spatial_position_embeddings",
+        "trained.side.projections.*.norm.": "visual.side_lns.*.",
+        "trained.side.projections.*.linear.": "visual.side_linears.*.",
+        "trained.side.blocks.*.": "visual.side_blocks.*.",
+        "trained.side.blocks.*.attn.qkv.": tuple(f"visual.side_blocks.*.attn.{part}_proj." for part in "qkv"),
+        "trained.side.blocks.*.mlp.fc1.": "visual.side_blocks.*.mlp.0.",
+        "trained.side.blocks.*.mlp.fc2.": "visual.side_blocks.*.mlp.2.",
+        "trained.head.": "fc.",
+    },
 }
+SWIGLU_NAMES = {  # of the EVA towers that have it: all but bigE
+    "backbone.vit.blocks.*.mlp.fc1_g.": "visual.blocks.*.mlp.w1.",
+    "backbone.vit.blocks.*.mlp.fc1_x.": "visual.blocks.*.mlp.w2.",
+    "backbone.vit.blocks.*.mlp.norm.": "visual.blocks.*.mlp.ffn_ln.",
+    "backbone.vit.blocks.*.mlp.fc2.": "visual.blocks.*.mlp.w3.",
+}
+# What EVA's released files hold and nothing reads: the final norm and the projection. Tables of rope are rebuilt.
+NOT_READ = re.compile(r"visual\.(norm|fc_norm|head)\.|.*\brope\.")
 LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}  # of size 1 in ours, absent there
 
 
 def to_official(model: Side4Video) -> dict[str, Tensor]:
-    """The whole model under the released names; the tensors are views of the model's.
+    """The whole model under the released names; the tensors are views of the model's, but rope's tables.
+
+    EVA's final norm and projection are left out, as for the OpenAI towers: this project does not keep them.
 
     Raises:
         CheckpointError: the tower has tensors that no released checkpoint has.
@@ -53,7 +82,21 @@ def to_official(model: Side4Video) -> dict[str, Tensor]:
         tensors = own[name].chunk(len(theirs)) if len(theirs) > 1 else [own[name]]
         for part, tensor in zip(theirs, tensors, strict=True):
             state[part] = tensor[(0,) * LEADING_AXES.get(part, 0)]
-    return state
+    return state | rope_tables(model)
+
+
+def rope_tables(model: Side4Video) -> dict[str, Tensor]:
+    """EVA-CLIP's tables (N, head width), one pair for the tower and the same again in each block; {} without rope."""
+    rope = getattr(model.backbone.vit, "rope", None)
+    if rope is None:
+        return {}
+    sine, cosine = rope.get_embed().chunk(2, dim=-1)
+    owners = ["visual.", *(f"visual.blocks.{i}.attn." for i in range(model.backbone.num_blocks))]
+    return {
+        f"{owner}rope.freqs_{name}": table.clone()
+        for owner in owners
+        for name, table in (("cos", cosine), ("sin", sine))
+    }
 
 
 def from_official(model: Side4Video, state: dict[str, Tensor], source: str) -> tuple[dict, dict]:
@@ -63,12 +106,12 @@ def from_official(model: Side4Video, state: dict[str, Tensor], source: str) -> t
         CheckpointError: tensors are missing or unknown. Shapes are left to who loads them.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    names = official_names(model)
+    names, eva = official_names(model), model.trained.side.norm_placement == "post"
     known = dict.fromkeys(part for theirs in names.values() for part in theirs)
     refuse_misfits(
         source,
         missing=[part for part in known if part not in state],
-        unknown=[name for name in state if name not in known],
+        unknown=[name for name in state if name not in known and not (eva and NOT_READ.match(name))],
     )
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "trained": {}}
     for name, theirs in names.items():
@@ -81,6 +124,8 @@ def from_official(model: Side4Video, state: dict[str, Tensor], source: str) -> t
 def official_names(model: Side4Video) -> dict[str, tuple[str, ...]]:
     """Name in `model.state_dict()` -> released names of the tensor, or of its parts along the first axis."""
     table = OFFICIAL_NAMES[model.trained.side.norm_placement]
+    if any(".mlp.fc1_g." in name for name in model.backbone.state_dict()):
+        table = table | SWIGLU_NAMES
     names = {}
     for name in model.state_dict():
         layer = re.search(r"\.(\d+)\.", name)

@@ -44,10 +44,13 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     tower, side, head = model.backbone, model.trained.side, model.trained.head
     frozen, trained = _count(tower), _count(model.trained)
     return [
-        f"tower: {config.network.arch}, {tower.num_blocks} blocks of width {tower.width}, {tower.num_patches} patches, "
-        f"{tower.weight_file or 'no weight file'}: {frozen / 1e6:.2f} M frozen",
-        f"side network: {len(side.blocks)} blocks of width {side.pos.shape[1]}: {_count(side) / 1e6:.2f} M; "
+        f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
+        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {frozen / 1e6:.2f} M frozen",
+        f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.pos.shape[1]} read the "
+        f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_count(side) / 1e6:.2f} M; "
         f"head: {_count(head) / 1e6:.2f} M",
+        f"pixels: {config.data.input_size} x {config.data.input_size}, timm's weights were trained with "
+        f"{tower.timm_size} x {tower.timm_size}; mean {_join(tower.mean)}, std {_join(tower.std)}",
         f"in all: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M total",
     ]
 
@@ -60,6 +63,10 @@ def git_commit() -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _join(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -1,0 +1,60 @@
+"""How far the scores move when the frozen tower is kept and computed in a half type (network.backbone_dtype).
+
+    python -m benchmarks.backbone_dtype
+
+ViT-B/16 with seeded random weights, tower and side network, in eval mode; the side network is in float32 throughout.
+Writes benchmarks/results/backbone_dtype.txt.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from dotmap import DotMap
+from torch import Tensor
+
+from benchmarks.machine import describe_machine
+from modules import build_model
+
+RESULTS = Path("benchmarks/results/backbone_dtype.txt")
+CLIPS, FRAMES, CLASSES, SEED = 2, 8, 174, 1024
+
+
+def logits_and_tokens(dtype: str, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (CLIPS, K) and the last block's tokens, in float32, of the model whose tower has that type."""
+    network = {"arch": "ViT-B/16", "init": False, "weights": None, "backbone_kwargs": {}, "backbone_dtype": dtype}
+    network |= {"side_dim": 320, "side_variant": None, "side_layers": None, "drop_fc": 0.0}
+    data = {"input_size": 224, "num_classes": CLASSES}
+    torch.manual_seed(SEED)
+    model = build_model(DotMap({"network": network, "data": data}, _dynamic=False)).eval()
+    with torch.inference_mode():
+        tokens = list(model.backbone.layer_tokens(clips))
+        return model.trained(clips, tokens), tokens[-1].float()
+
+
+def main() -> None:
+    torch.manual_seed(SEED)
+    clips = torch.randn(CLIPS, FRAMES, 3, 224, 224)
+    logits, tokens = logits_and_tokens("float32", clips)
+    lines = [
+        describe_machine(),
+        f"ViT-B/16, seed {SEED}, {CLIPS} clips of {FRAMES} frames of 224 pixels of noise, side width 320, {CLASSES} "
+        "classes; deviation from the float32 tower",
+    ]
+    for dtype in ("bfloat16", "float16"):
+        low_logits, low_tokens = logits_and_tokens(dtype, clips)
+        scores, low_scores = logits.softmax(-1), low_logits.softmax(-1)
+        lines.append(
+            f"{dtype}: scores (softmax) at most {(low_scores - scores).abs().max():.1e} apart, where they are up to "
+            f"{scores.max():.1e}, {((low_scores - scores).norm() / scores.norm()):.1e} of their norm; logits "
+            f"{((low_logits - logits).norm() / logits.norm()):.1e} of their norm; last tokens "
+            f"{((low_tokens - tokens).norm() / tokens.norm()):.1e}; the best class is the same for "
+            f"{(low_scores.argmax(-1) == scores.argmax(-1)).sum()} of {CLIPS} clips"
+        )
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sys.stdout.write(RESULTS.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

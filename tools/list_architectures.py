@@ -1,0 +1,80 @@
+"""Print the README's table of architectures: what is frozen, what is trained, and what a view costs.
+
+    python -m tools.list_architectures
+
+Nothing is allocated: the models are made of fake tensors, which have shapes and no values, as on the meta device.
+PyTorch's counter sees every matrix product and convolution; a multiplication with its addition counts as two
+operations, norms and sums as none.
+"""
+
+import sys
+
+import timm
+import torch
+from dotmap import DotMap
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modules import build_model
+from modules.backbones import find_architecture
+
+FRAMES, CLASSES = 8, 400
+SIDE_WIDTHS = {  # the paper's for B, L and E
+    "ViT-B/32": 320,
+    "ViT-B/16": 320,
+    "ViT-L/14": 512,
+    "ViT-L/14-336px": 512,
+    "EVA02-CLIP-L-14": 512,
+    "EVA02-CLIP-L-14-336": 512,
+    "EVA02-CLIP-bigE-14": 576,
+    "EVA02-CLIP-bigE-14-plus": 576,
+    "timm/vit_base_patch16_siglip_224.v2_webli": 320,
+    "timm/vit_base_patch16_dinov3": 320,
+}
+HEAD = (
+    "network.arch",
+    "variant",
+    "pixels",
+    "side width",
+    "frozen (M)",
+    "trained (M)",
+    "GFLOPs a view",
+    "of which side",
+)
+
+
+def main() -> None:
+    rows = [HEAD, ("---",) * len(HEAD), *(describe(arch) for arch in SIDE_WIDTHS)]
+    sys.stdout.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
+
+
+def describe(arch: str) -> tuple[str, ...]:
+    """The row of one architecture at timm's input size, with 8 frames and 400 classes."""
+    architecture = find_architecture(arch)
+    pixels = timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
+    with torch.device("meta"):
+        model = build_model(configuration(arch, pixels, SIDE_WIDTHS[arch])).eval()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # autocast knows no meta device
+    with fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # attention as two products, both counted
+        model.to_empty(device="cpu")
+        clip = torch.empty(1, FRAMES, 3, pixels, pixels)
+        with FlopCounterMode(display=False) as tower:
+            tokens = list(model.backbone.layer_tokens(clip))
+        with FlopCounterMode(display=False) as side:
+            model.trained(clip, tokens)
+    frozen, trained = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model.trained))
+    total, own = (flops / 1e9 for flops in (tower.get_total_flops() + side.get_total_flops(), side.get_total_flops()))
+    variant, side_width = model.trained.side.norm_placement, str(SIDE_WIDTHS[arch])
+    counts = (f"{frozen:.1f}", f"{trained:.1f}", f"{total:.0f}", f"{own:.0f}")
+    return (f"`{arch}`", variant, str(pixels), side_width, *counts)
+
+
+def configuration(arch: str, pixels: int, side_width: int) -> DotMap:
+    network = {"arch": arch, "init": False, "weights": None, "side_dim": side_width, "drop_fc": 0.0}
+    network |= {"backbone_kwargs": {}, "side_variant": None, "side_layers": None, "backbone_dtype": "float32"}
+    return DotMap({"network": network, "data": {"input_size": pixels, "num_classes": CLASSES}}, _dynamic=False)
+
+
+if __name__ == "__main__":
+    main()
