@@ -18,7 +18,7 @@ import numpy as np
 
 from datasets.annotations import UNLABELLED
 from datasets.loaders import build_eval_loader
-from modules import build_model
+from modules import build_model, resolve_input_size
 from utils.checkpoint import holds_tower, load_model_state, read_checkpoint, write_atomically
 from utils.class_names import class_order
 from utils.config import load_config
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     if args.precision:
         overrides.append(f"solver.precision={args.precision}")
     config = load_config(args.config, overrides, purpose="test")
+    resolve_input_size(config)
 
     device = init_distributed()
     setup_logging()

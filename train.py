@@ -16,7 +16,7 @@ import yaml
 from dotmap import DotMap
 
 from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
-from modules import build_model
+from modules import build_model, resolve_input_size
 from modules.side4video import Side4Video
 from utils.checkpoint import (
     holds_tower,
@@ -63,6 +63,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
         output: folder for checkpoints, log and the resolved configuration.
         build: what makes the model of a configuration; experiments pass their own.
     """
+    resolve_input_size(config)
     device = init_distributed()
     output = from_first(prepare_output(config, output) if get_rank() == 0 else None)
     setup_logging(output / "train.log")

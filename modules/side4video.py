@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+import timm
 import torch
 from dotmap import DotMap
 from torch import Tensor, nn
@@ -88,6 +89,19 @@ def backbone_dtype(config: DotMap) -> torch.dtype:
     return resolve_precision(config.solver.precision, torch.device("cuda")).dtype
 
 
+def resolve_input_size(config: DotMap) -> None:
+    """Fill in `data.input_size` with the size that timm states for the tower, if the configuration leaves it open.
+
+    Raises:
+        ConfigError: unknown architecture, or timm states none.
+    """
+    if config.data.input_size is None:
+        stated = timm.get_pretrained_cfg(find_architecture(config.network.arch).timm_name)
+        if stated is None:
+            raise ConfigError(f"data.input_size: give it, timm states none for {config.network.arch}")
+        config.data.input_size = stated.input_size[-1]
+
+
 def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
     """Build the model of a configuration on the CPU: the tower of `network.backbone_dtype`, the rest in float32.
 
@@ -102,6 +116,7 @@ def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
         ConfigError: unknown architecture, impossible sizes, or the weight file is absent.
         CheckpointError: the weight file does not fit the architecture.
     """
+    resolve_input_size(config)
     network, data = config.network, config.data
     architecture = find_architecture(network.arch)
     variant = network.side_variant or architecture.side_variant

@@ -3,7 +3,7 @@ import timm
 import torch
 from dotmap import DotMap
 
-from modules import build_model
+from modules import build_model, resolve_input_size
 from modules.backbones import ARCHITECTURES, FrozenTower, find_architecture
 from modules.pretrained import load_tower_weights
 from utils.checkpoint import hash_tensors
@@ -201,3 +201,19 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
 def test_towers_that_cannot_work_are_refused(arch, kwargs, message):
     with pytest.raises(ConfigError, match=message):
         FrozenTower(find_architecture(arch).timm_name, 32, kwargs)
+
+
+@pytest.mark.parametrize(
+    "arch, given, size",
+    [
+        ("ViT-B/16", None, 224),
+        ("ViT-L/14-336px", None, 336),
+        ("timm/vit_base_patch16_siglip_256", None, 256),
+        ("ViT-L/14-336px", 224, 224),
+    ],
+)
+def test_the_input_size_is_the_towers_unless_given(arch, given, size):
+    config = tiny_config(arch)
+    config.data.input_size = given
+    resolve_input_size(config)
+    assert config.data.input_size == size

@@ -257,6 +257,15 @@ def test_mistakes_end_training_with_one_line(config, tmp_path, change, message):
     assert "\n" not in caught.value.line
 
 
+def test_an_open_input_size_is_the_towers_in_training_and_testing(config, tmp_path):
+    changes = ["data.input_size=None", "network.backbone_kwargs.patch_size=56"]  # 224 pixels, 4 x 4 patches
+    checkpoint = train(config, tmp_path / "run", "solver.epochs=1", *changes)
+    assert checkpoint["config"]["data"]["input_size"] == 224
+    assert checkpoint["trained"]["side.pos"].shape == (16, 64)
+    saved = score(config, tmp_path / "run" / "last_model.pt", tmp_path / "s.npz", *changes)
+    assert json.loads(str(saved["protocol"]))["input_size"] == 224
+
+
 def test_testing_without_a_checkpoint_is_one_line(config, tmp_path):
     with pytest.raises(UserError, match="gone.pt: no such checkpoint"):
         test_program.main(["--config", config, "--weights", str(tmp_path / "gone.pt")])

@@ -183,7 +183,9 @@ FIELDS = {
         "file", None, "Videos to evaluate, in the same form; always needed. test.py takes one whose labels are all -1."
     ),
     "data.label_list": Field("file", None, "Class names: a csv file with the header `id,name`."),
-    "data.input_size": Field("int", 224, "Height and width, in pixels, of what the model sees.", _at_least(1)),
+    "data.input_size": Field(
+        "int", None, "Height and width of what the model sees; None takes the tower's.", _at_least(1)
+    ),
     "data.random_shift": Field("bool", True, "Training draws frames at random; False takes those of validation."),
     "data.num_sample": Field(
         "int", 1, "Clips, augmented apart, from each training video that is loaded.", _at_least(1)
