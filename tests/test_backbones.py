@@ -6,8 +6,8 @@ from dotmap import DotMap
 from modules import build_model, resolve_input_size
 from modules.backbones import ARCHITECTURES, FrozenTower, find_architecture
 from modules.pretrained import load_tower_weights
-from utils.checkpoint import hash_tensors
 from utils.errors import CheckpointError, ConfigError
+from utils.hashing import hash_tensors
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 

@@ -5,7 +5,6 @@ from test_backbones import published_form, tiny_config, tiny_tower
 
 from modules import build_model
 from utils.checkpoint import (
-    hash_tensors,
     load_model_state,
     model_state,
     read_checkpoint,
@@ -13,6 +12,7 @@ from utils.checkpoint import (
     write_atomically,
 )
 from utils.errors import CheckpointError
+from utils.hashing import hash_tensors
 from utils.metrics import topk_accuracy
 
 

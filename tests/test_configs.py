@@ -8,10 +8,10 @@ import yaml
 
 from datasets.loaders import build_train_loader
 from modules import build_model
-from utils.checkpoint import hash_tensors
 from utils.config import load_config
 from utils.config_schema import LEGACY
 from utils.engine import train_one_epoch
+from utils.hashing import hash_tensors
 from utils.optim import build_optimizer
 from utils.precision import resolve_precision
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from modules.backbones import find_architecture
 from modules.pretrained import load_tower_weights, read_state_dict
-from utils.checkpoint import hash_tensors
 from utils.errors import CheckpointError
+from utils.hashing import hash_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"

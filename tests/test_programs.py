@@ -14,8 +14,8 @@ import yaml
 import test as test_program
 import train as train_program
 from datasets.motion_demo import CLASSES
-from utils.checkpoint import hash_tensors
 from utils.errors import UserError
+from utils.hashing import hash_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EVERY_AUGMENTATION = ["data.rand_aug=True", "data.rand_erase=True", "solver.mixup=True", "data.num_sample=2"]

@@ -15,9 +15,10 @@ from modules.backbones import FrozenTower, choose_layers, find_architecture
 from modules.pretrained import load_tower_weights
 from modules.side4video import Side4Video
 from tools import list_architectures
-from utils.checkpoint import hash_tensors, load_weights, save_official
+from utils.checkpoint import load_weights, save_official
 from utils.config import load_config
 from utils.errors import CheckpointError, ConfigError
+from utils.hashing import hash_tensors
 from utils.official import from_official, to_official
 from utils.summary import describe_model
 

@@ -1,6 +1,6 @@
 """Write a checkpoint in another form: as the authors of Side4Video release theirs, as train.py does, as safetensors.
 
-    python tools/convert_checkpoint.py CONFIG SOURCE TARGET [--format official|ours] [--verify] [key=value ...]
+    python tools/convert_checkpoint.py CONFIG SOURCE TARGET [--format FORM] [--verify] [key=value ...]
 
 The form of SOURCE is recognised; TARGET is safetensors if it is called so, else of the form --format. CONFIG is a
 run's YAML file; only its model and class names count, and no data need be there. The optimizer's state stays behind.

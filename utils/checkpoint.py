@@ -42,7 +42,6 @@ from modules.pretrained import load_strictly
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError
 from utils.hashing import TOWER_POSITIONS, tower_hashes
-from utils.hashing import hash_tensors as hash_tensors
 from utils.official import from_official, to_official
 
 FORMAT = "side4video/1"

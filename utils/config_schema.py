@@ -142,9 +142,9 @@ def free_value(value: object) -> object:
 
 FIELDS = {
     "base": Field("file", None, "A configuration, relative to this one, whose values hold where this one gives none."),
-    "resume": Field("file", None, "Checkpoint of a run to go on with: weights, optimizer, epoch, random states."),
+    "resume": Field("file", None, "Checkpoint of a run to go on with, exactly where it stopped."),
     "pretrain": Field(
-        "file", None, "Checkpoint, ours or a released one, to start from; another `data.num_classes` takes a new head."
+        "file", None, "Checkpoint, ours or a released one, to start from; other classes take a new head."
     ),
     "seed": Field("int", 1024, "Initialisation, order, frames, crops and flips derive from it.", _at_least(0)),
     # data

@@ -49,7 +49,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
         f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.pos.shape[1]} read the "
         f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_count(side) / 1e6:.2f} M; "
         f"head: {_count(head) / 1e6:.2f} M",
-        f"pixels: {config.data.input_size} x {config.data.input_size}, timm's weights were trained with "
+        f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
         f"{tower.timm_size} x {tower.timm_size}; mean {_join(tower.mean)}, std {_join(tower.std)}",
         f"in all: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M total",
     ]
