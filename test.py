@@ -61,9 +61,7 @@ def main(argv: list[str]) -> None:
     checkpoint = read_checkpoint(args.weights)
     model = build_model(config, load_tower=not holds_tower(checkpoint))
     load_model_state(model, checkpoint, args.weights)
-    if config.network.shard_backbone:
-        model.shard_backbone(device)
-    model.to(device)
+    model.place(device, config.network.shard_backbone, config.solver.compile)
     precision = resolve_precision(config.solver.precision, device)
     loader = build_eval_loader(
         config, get_rank(), get_world_size(), clips=args.test_clips, crops=args.test_crops, unlabelled=True

@@ -78,11 +78,10 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     if start is not None:
         load_start(model, start, source, config, class_names)
     frozen = {} if config.solver.evaluate or get_rank() > 0 else model_state(model)
-    if config.network.shard_backbone:
-        model.shard_backbone(device)
-    model.to(device)
+    model.place(device, config.network.shard_backbone, config.solver.compile)
+    model.trained.side.recompute = config.solver.recompute
     if get_world_size() > 1:
-        model.parallelize()
+        model.parallelize(config.solver.sync_bn)
 
     precision = resolve_precision(config.solver.precision, device)
     if config.solver.evaluate:

@@ -187,6 +187,11 @@ class FrozenTower(nn.Module):
                 for tensor in (*parameters, *module.buffers(recurse=False)):
                     tensor.data = tensor.data.to(dtype)
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile run the blocks, with one result for all of them. To be called before `shard`."""
+        for block in self.vit.blocks:
+            block.compile()
+
     def shard(self, mesh: DeviceMesh) -> None:
         """Split every tensor over the processes of the mesh, and move it to its device.
 

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modules.backbones import FrozenTower, find_architecture
 from modules.pretrained import load_tower_weights
-from modules.side_network import SideNetwork
+from modules.side_network import SideNetwork, TokenBatchNorm
+from utils.distributed import average_bucket, get_world_size
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
 
@@ -47,26 +48,44 @@ class Side4Video(nn.Module):
         trained = self._replicas[0] if self._replicas and self.training else self.trained
         return trained(clips, self.backbone.layer_tokens(clips))
 
-    def shard_backbone(self, device: torch.device) -> None:
-        """Split the tower's tensors over the processes of the default group, on `device`; nothing for one process.
+    def place(self, device: torch.device, shard_backbone: bool = False, compile_backbone: bool = False) -> None:
+        """Move the model, filled and on the CPU, to this process's device.
 
-        The tower must be filled, on the CPU. `sharded` is True afterwards, and all processes must call the model
-        equally often.
+        Args:
+            device: that of `utils.distributed.init_distributed`.
+            shard_backbone: split the tower's tensors over the processes of the default group, if there are several.
+                `sharded` is True then, and all processes must call the model equally often.
+            compile_backbone: compile the tower's blocks. The side network stays as it is: compilers would merge what
+                its backward pass computes again with what it computed before, and keep all of it in between.
+
+        Raises:
+            ConfigError: nothing can be compiled on this machine.
         """
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return
-        self.backbone.shard(init_device_mesh(device.type, (torch.distributed.get_world_size(),)))
-        self.sharded = True
+        if compile_backbone:
+            check_compiler(device)
+            self.backbone.compile_blocks()
+        if shard_backbone and get_world_size() > 1:
+            self.backbone.shard(init_device_mesh(device.type, (get_world_size(),)))
+            self.sharded = True
+        self.to(device)
 
-    def parallelize(self) -> None:
+    def parallelize(self, sync_bn: bool = False) -> None:
         """Average the gradients of the trained part over the processes of the default group; the tower stays outside.
 
         BatchNorm's running statistics are not sent in every step: training never reads them. `broadcast_buffers`
         makes them those of process 0 before they are used.
+
+        Args:
+            sync_bn: BatchNorm takes its statistics over all processes.
         """
+        for module in self.trained.modules():
+            if isinstance(module, TokenBatchNorm):
+                module.synced = sync_bn
         device = next(self.trained.parameters()).device
         device_ids = [device.index] if device.type == "cuda" else None
-        self._replicas = [DistributedDataParallel(self.trained, device_ids=device_ids, broadcast_buffers=False)]
+        replica = DistributedDataParallel(self.trained, device_ids=device_ids, broadcast_buffers=False)
+        replica.register_comm_hook(None, average_bucket)
+        self._replicas = [replica]
 
     def broadcast_buffers(self) -> None:
         """Give every process the running statistics of process 0."""
@@ -77,6 +96,18 @@ class Side4Video(nn.Module):
     def no_sync(self) -> AbstractContextManager:
         """Forward and backward inside add to the local gradients only (all but the last step of an accumulation)."""
         return self._replicas[0].no_sync() if self._replicas else nullcontext()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError if torch.compile does not work here, for want of a C++ compiler above all."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device))
+    except Exception as error:  # torch wraps what compilers and linkers say in many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"solver.compile: torch.compile does not work here ({reason}); install a C++ compiler such as g++ (CXX "
+            "names another), or set solver.compile=False"
+        ) from error
 
 
 def backbone_dtype(config: DotMap) -> torch.dtype:

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modules.autograd import FrozenLinear, Pass, SyncedNorm, ThreeTaps, UnseenLinear, recomputed
+from utils.distributed import all_reduce, get_world_size
+
 HEAD_WIDTH = 64
 NormPlacement = Literal["pre", "post"]
 
@@ -59,35 +62,6 @@ class PointwiseConv(nn.Conv3d):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
-class _ThreeTaps(torch.autograd.Function):
-    """y_t = w_0 x_{t-1} + w_1 x_t + w_2 x_{t+1} + b per channel, zeros beyond the ends.
-
-    Written out because the library's depthwise Conv3d takes several times as long on a CPU (benchmarks/fast_form.py).
-    Weights are cast to the type of x by hand, since autocast reaches only the forward pass; their gradients are summed
-    and returned in the weights' own type.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        w0, w1, w2 = weight.to(x.dtype).unbind(0)
-        y = torch.addcmul(bias.to(x.dtype), x, w1)
-        y[:, 1:].addcmul_(x[:, :-1], w0)
-        y[:, :-1].addcmul_(x[:, 1:], w2)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        w0, w1, w2 = weight.to(grad.dtype).unbind(0)
-        grad_x = grad * w1
-        grad_x[:, :-1].addcmul_(grad[:, 1:], w0)
-        grad_x[:, 1:].addcmul_(grad[:, :-1], w2)
-        products = (grad[:, 1:] * x[:, :-1], grad * x, grad[:, :-1] * x[:, 1:])
-        grad_weight = torch.stack([p.flatten(0, 2).sum(0, dtype=weight.dtype) for p in products])
-        return grad_x, grad_weight, grad.flatten(0, 2).sum(0, dtype=weight.dtype)
-
-
 class TemporalConv(nn.Conv3d):
     """Depthwise Conv3d (3, 1, 1), padding (1, 0, 0), on channels-last tokens without changing their layout."""
 
@@ -96,15 +70,51 @@ class TemporalConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, N, S) -> (B, T, N, S)."""
-        return _ThreeTaps.apply(x, self.weight.view(-1, 3).t().contiguous(), self.bias)
+        return ThreeTaps.apply(x, self.weight.view(-1, 3).t().contiguous(), self.bias)
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over B, T and space, the rows."""
+    """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over B, T and space, the rows.
 
-    def forward(self, x: Tensor) -> Tensor:
+    Attributes:
+        synced: take them over the rows of all processes.
+    """
+
+    synced = False
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
         """(B, T, N, S) -> (B, T, N, S)."""
-        return super().forward(x.flatten(0, -2)).view_as(x)
+        rows = x.flatten(0, -2)
+        if run.training and self.synced and get_world_size() > 1:
+            y = SyncedNorm.apply(rows, self.weight, self.bias, *self._shared_statistics(rows, run), self.eps)
+        elif run.training and run.again:
+            y = F.batch_norm(rows, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        elif run.training:
+            self.num_batches_tracked += 1
+            statistics = self.running_mean, self.running_var
+            y = F.batch_norm(rows, *statistics, self.weight, self.bias, True, self.momentum, self.eps)
+        else:
+            y = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return y.view_as(x)
+
+    @torch.no_grad()
+    def _shared_statistics(self, rows: Tensor, run: Pass) -> tuple[Tensor, Tensor, float]:
+        """Mean and biased variance of the rows of all processes, and their number."""
+        if run.again:
+            return run.shared.pop(0)
+        var, mean = (t.double() for t in torch.var_mean(rows.to(self.weight.dtype), dim=0, correction=0))
+        count = mean.new_full((1,), len(rows))
+        # Square sums lose all digits where a mean is large, but for the 53 bits of double.
+        sums = all_reduce(torch.cat([mean * count, (var + mean * mean) * count, count]))
+        total, squares, count = sums.split([len(mean), len(mean), 1])
+        mean = total / count
+        var = squares / count - mean * mean
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        unbiased = var * (count / (count - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        run.shared.append((mean.to(self.weight.dtype), var.to(self.weight.dtype), count))
+        return run.shared[-1]
 
 
 def shift_class_token(class_tokens: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ class FrameAttention(nn.Module):
         """(B, T, 1 + N, S), class token first -> (B, T, N, S)."""
         B, T, M, S = tokens.shape
         qkv = self.qkv(tokens).view(B * T, M, 3, self.num_heads, HEAD_WIDTH)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
         x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
         return self.proj(x.transpose(1, 2).reshape(B, T, M - 1, S))
 
@@ -142,12 +152,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-def _with_norm(placement: NormPlacement, norm: nn.Module, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return branch(norm(x)) if placement == "pre" else norm(branch(x))
+    def forward(self, x: Tensor, unseen: bool = False) -> Tensor:
+        """(..., S) -> (..., S); zeros that only have gradients if the result is `unseen`."""
+        x = F.gelu(self.fc1(x))
+        return UnseenLinear.apply(x, self.fc2.weight, self.fc2.bias) if unseen else self.fc2(x)
 
 
 class LayerProjection(nn.Module):
@@ -160,10 +168,11 @@ class LayerProjection(nn.Module):
         self.linear = nn.Linear(backbone_width, side_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, 1 + N, D) of any type -> (B, T, 1 + N, S)."""
-        if not torch.is_autocast_enabled(tokens.device.type):  # which would take care of it
-            tokens = tokens.to(self.linear.weight.dtype)
-        return _with_norm(self.norm_placement, self.norm, self.linear, tokens)
+        """(B, T, 1 + N, D) of any type, without gradient -> (B, T, 1 + N, S)."""
+        norm, linear = self.norm, self.linear
+        if self.norm_placement == "pre":
+            return FrozenLinear.apply(tokens, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
+        return norm(FrozenLinear.apply(tokens, linear.weight, linear.bias))
 
 
 class SideBlock(nn.Module):
@@ -179,12 +188,19 @@ class SideBlock(nn.Module):
         self.bn_2 = TokenBatchNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, x: Tensor, class_tokens: Tensor, pos: Tensor) -> Tensor:
-        """(B, T, N, S), class tokens (B, T, S), positions (N, S) -> (B, T, N, S)."""
-        x = x + _with_norm(self.norm_placement, self.bn_1, self.conv, x)
-        tokens = torch.cat([shift_class_token(class_tokens).unsqueeze(2), x + pos.to(x.dtype)], dim=2)
-        x = x + _with_norm(self.norm_placement, self.ln_1, self.attn, tokens)
-        return x + _with_norm(self.norm_placement, self.bn_2, self.mlp, x)
+    def forward(self, x: Tensor, shifted: Tensor, pos: Tensor, run: Pass) -> Tensor:
+        """(B, T, N, S), shifted class tokens (B, T, 1, S), positions (N, S) -> (B, T, N, S)."""
+        if self.norm_placement == "pre":
+            x = x + self.conv(self.bn_1(x, run))
+            x = x + self.attn(self.ln_1(self._frame_tokens(x, shifted, pos)))
+            return x + self.mlp(self.bn_2(x, run), unseen=run.again)
+        x = x + self.bn_1(self.conv(x), run)
+        x = x + self.ln_1(self.attn(self._frame_tokens(x, shifted, pos)))
+        return x + self.bn_2(self.mlp(x), run)
+
+    @staticmethod
+    def _frame_tokens(x: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
+        return torch.cat([shifted.to(x.dtype), x + pos.to(x.dtype)], dim=2)
 
 
 class SideNetwork(nn.Module):
@@ -197,6 +213,10 @@ class SideNetwork(nn.Module):
         patch_size: P, the tower's patch size, used by the stem.
         num_patches: N, patches of a frame.
         norm_placement: "pre" for OpenAI's CLIP towers, "post" for EVA's (docs/protocol.md section 2).
+
+    Attributes:
+        recompute: training keeps, of each block, its input and the tower's tokens alone, and computes the rest again in
+            the backward pass: same gradients, least memory.
 
     Raises:
         ValueError: `side_width` is no multiple of 64.
@@ -215,6 +235,7 @@ class SideNetwork(nn.Module):
         if side_width < HEAD_WIDTH or side_width % HEAD_WIDTH:
             raise ValueError(f"side width {side_width} is no multiple of {HEAD_WIDTH}, the width of an attention head")
         self.norm_placement = norm_placement
+        self.recompute = True
         self.stem = TubeletStem(side_width, patch_size)
         self.stem_bn = TokenBatchNorm(side_width)
         self.pos = nn.Parameter(torch.empty(num_patches, side_width))
@@ -222,7 +243,8 @@ class SideNetwork(nn.Module):
             LayerProjection(backbone_width, side_width, norm_placement) for _ in range(num_layers)
         )
         self.blocks = nn.ModuleList(SideBlock(side_width, norm_placement) for _ in range(num_layers))
-        self.post_bn = TokenBatchNorm(side_width) if norm_placement == "pre" else nn.Identity()
+        if norm_placement == "pre":
+            self.post_bn = TokenBatchNorm(side_width)
         if norm_placement == "pre":
             self._init_pre(side_width)
         else:
@@ -246,9 +268,18 @@ class SideNetwork(nn.Module):
         `layer_tokens` is read one layer at a time, so a generator keeps no more than one layer's tokens alive unless
         the backward pass needs them.
         """
-        x = self.stem_bn(self.stem(clips))
+        x = self._run(self._embed, [clips], [*self.stem.parameters(), *self.stem_bn.parameters()])
         for projection, block, tokens in zip(self.projections, self.blocks, layer_tokens, strict=True):
-            z = projection(tokens)
-            x = 0.5 * (x + z[:, :, 1:])
-            x = block(x, z[:, :, 0], self.pos)
-        return self.post_bn(x).mean(dim=(1, 2))
+            class_tokens, patches = projection(tokens).tensor_split([1], dim=2)
+            shifted = shift_class_token(class_tokens.squeeze(2)).unsqueeze(2)
+            x = (x + patches).mul_(0.5)
+            x = self._run(block, [x, shifted, self.pos], list(block.parameters()))
+        return (self.post_bn(x, Pass(self.training)) if self.norm_placement == "pre" else x).mean(dim=(1, 2))
+
+    def _embed(self, clips: Tensor, run: Pass) -> Tensor:
+        return self.stem_bn(self.stem(clips), run)
+
+    def _run(self, part: Callable[..., Tensor], inputs: list[Tensor], parameters: list[Tensor]) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(part, self.training, inputs, parameters)
+        return part(*inputs, Pass(self.training))

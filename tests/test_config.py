@@ -10,7 +10,7 @@ from dotmap import DotMap
 
 from utils import config_schema
 from utils.config import load_config, main
-from utils.config_schema import ANY, FIELDS, KINDS, LEGACY, NOT_BUILT, REQUIRED, SECTIONS
+from utils.config_schema import ANY, FIELDS, KINDS, LEGACY, REQUIRED, SECTIONS
 from utils.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,9 +31,6 @@ solver:
   lr: 1e-3
 """
 SECTION_LINES = {"data": 1, "network": 9, "solver": 12}
-OTHER_VALUES = {
-    "network.sync_bn": True,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -207,8 +204,8 @@ def test_an_error_names_the_file_and_line_of_the_base_it_stands_in():
 
 
 def test_an_override_can_set_right_what_a_base_has_wrong():
-    write("network: {tm: True, sync_bn: True}\n", "base.yaml")
-    load("network.tm=False", "network.sync_bn=False", text="base: base.yaml\n" + MINIMAL)
+    write("network: {tm: True}\n", "base.yaml")
+    load("network.tm=False", text="base: base.yaml\n" + MINIMAL)
 
 
 def test_bases_in_a_circle_are_an_error():
@@ -444,12 +441,12 @@ def test_limits_themselves_are_accepted():
     load("data.num_segments=129", "network.weights=last_model.pt", "network.drop_fc=0", "solver.betas=[0, 0]")
 
 
-# Legacy keys and keys that are not built yet
+# Legacy keys
 
 
 def neutral_value(key: str) -> object:
     value = LEGACY[key][0]
-    return "whatever" if value is ANY else 320 if key == "network.n_emb" else value
+    return {ANY: "whatever", "network.side_dim": 320, "solver.sync_bn": False}.get(value, value)
 
 
 def test_a_configuration_with_every_legacy_key_at_its_neutral_value_loads_to_the_one_without():
@@ -484,16 +481,17 @@ def test_n_emb_must_equal_side_dim_and_does_not_replace_it():
     assert "network.side_dim: missing" in error_line(text=MINIMAL.replace("side_dim", "n_emb"))
 
 
+def test_the_older_name_of_sync_bn_must_agree_with_the_new_one():
+    assert load("network.sync_bn=False") == load()
+    assert load("network.sync_bn=True", "solver.sync_bn=True") == load("solver.sync_bn=True")
+    assert error_line("network.sync_bn=True") == (
+        "command line: network.sync_bn: is True, but only False is supported: "
+        "Another name of `solver.sync_bn`, and must equal it."
+    )
+
+
 def test_no_key_is_both_legacy_and_in_the_schema():
-    assert not LEGACY.keys() & FIELDS.keys() and NOT_BUILT.keys() <= FIELDS.keys()
-
-
-@pytest.mark.parametrize("key", NOT_BUILT)
-def test_a_key_that_is_not_built_yet_is_refused_and_its_default_is_accepted(key):
-    other = OTHER_VALUES[key]
-    line = f"is {other!r}, which is not built yet; only {NOT_BUILT[key]!r} works now"
-    assert error_line(f"{key}={other}") == f"command line: {key}: {line}"
-    assert FIELDS[key].default == NOT_BUILT[key] and load(f"{key}={NOT_BUILT[key]}") == load()
+    assert not LEGACY.keys() & FIELDS.keys()
 
 
 # Lists, roots and other paths

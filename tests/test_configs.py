@@ -147,7 +147,7 @@ def test_a_configuration_with_every_legacy_key_and_no_base_loads(tmp_path, make_
             "dense": False,
             "shot": "None",
         },
-        "network": {"arch": "ViT-B/16", "init": True, "drop_fc": 0.0, "side_dim": 320, "sync_bn": False},
+        "network": {"arch": "ViT-B/16", "init": True, "drop_fc": 0.0, "side_dim": 320},
         "solver": {
             "type": "cosine",
             "epochs": 30,
@@ -168,7 +168,7 @@ def test_a_configuration_with_every_legacy_key_and_no_base_loads(tmp_path, make_
     for key, (neutral, _) in LEGACY.items():
         section, name = key.split(".")
         plain[section][name] = neutral if isinstance(neutral, bool | int | float | str | None) else "anything"
-    plain["network"]["n_emb"] = 320
+    plain["network"] |= {"n_emb": 320, "sync_bn": False}
     path = tmp_path / "legacy.yaml"
     path.write_text(yaml.safe_dump(plain))
     config = load_config(path)

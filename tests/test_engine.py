@@ -25,7 +25,7 @@ def train(batches, accumulation, **changes):
     solver |= {"betas": [0.9, 0.999], "weight_decay": 0.1, "smoothing": 0.1, "clip_grad": None, "mixup": False}
     solver |= {"grad_accumulation_steps": accumulation, **changes}
     plain = {**tiny_config().toDict(), "solver": solver, "seed": 0, "logging": {"print_freq": 100}}
-    plain["network"]["sync_bn"] = False
+    plain["solver"]["sync_bn"] = False
     plain["data"]["rand_erase"] = False
     config = DotMap(plain, _dynamic=False)
     torch.manual_seed(0)

@@ -246,7 +246,7 @@ def train_twice(rank, config_path, folder, port):
     expected = list(tower.layer_tokens(clips))
     total = sum(p.numel() * p.element_size() for p in tower.parameters())
     model = Side4Video(tower, None)
-    model.shard_backbone(device)
+    model.place(device, shard_backbone=True)
     same = all(a.equal(b) for a, b in zip(tower.layer_tokens(clips), expected, strict=True))
     local = sum(p.to_local().numel() * p.to_local().element_size() for p in tower.parameters())
     torch.save({"sharded": model.sharded, "same": same, "local": local, "total": total}, f"{folder}/rank{rank}.pt")

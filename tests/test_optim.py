@@ -60,7 +60,7 @@ def test_warm_up_as_long_as_the_training_never_divides_by_zero():
 def test_three_groups_hold_every_trained_tensor_once(accumulation, sync_bn, norm_lr):
     config = tiny_config()
     plain = config.toDict()
-    plain["network"]["sync_bn"] = sync_bn
+    plain["solver"]["sync_bn"] = sync_bn
     plain["solver"] = {"lr": 1e-2, "clip_ratio": 0.5, "betas": [0.9, 0.99], "weight_decay": 0.15}
     plain["solver"]["grad_accumulation_steps"] = accumulation
     model = build_model(config)
@@ -85,6 +85,6 @@ def test_layer_norms_are_not_in_the_batch_norm_group():
     layer_norms = {id(p) for m in model.trained.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
     plain = tiny_config().toDict() | {"solver": dict(lr=1, clip_ratio=1, betas=[0.9, 0.9], weight_decay=0)}
     plain["solver"]["grad_accumulation_steps"] = 1
-    plain["network"]["sync_bn"] = False
+    plain["solver"]["sync_bn"] = False
     optimizer = build_optimizer(model, DotMap(plain, _dynamic=False))
     assert not layer_norms & {id(p) for p in optimizer.param_groups[2]["params"]}

@@ -60,9 +60,11 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("placement", ["pre", "post"])
-def test_fast_equals_textbook_in_float64(placement):
+def test_fast_equals_textbook_in_float64(placement, recompute):
     side = make_side(placement, **TINY)
+    side.recompute = recompute
     textbook = textbook_of(side, **TINY, norm_placement=placement)
     clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
     weight = torch.randn(B, TINY["side_width"], dtype=torch.float64)
@@ -97,7 +99,7 @@ def test_a_frame_changes_only_frames_within_reach(placement):
     side = make_side(placement, **sizes).eval()
     clips, tokens = make_inputs(torch.float64, sizes, (8, 12), batch=1, frames=9)
     captured = []
-    side.post_bn.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    side.blocks[-1].register_forward_hook(lambda module, inputs, output: captured.append(output))
     side(clips, tokens)
     changed_clips, changed_tokens = clips.clone(), [t.clone() for t in tokens]
     changed_clips[:, 4] += 1

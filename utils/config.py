@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, NoReturn
 import yaml
 from dotmap import DotMap
 
-from utils.config_schema import ANY, FIELDS, LEGACY, NOT_BUILT, REQUIRED, SECTIONS
+from utils.config_schema import ANY, FIELDS, LEGACY, REQUIRED, SECTIONS
 from utils.errors import ConfigError, run_program
 
 COMMAND_LINE = "command line"
@@ -163,15 +163,13 @@ def _check_legacy(entries: dict[str, Entry], values: dict[str, object], fail: Fa
         neutral, why = LEGACY[key]
         value = None if entries[key].value == "None" else entries[key].value
         accepted = (values[neutral], None) if neutral in FIELDS else (neutral,)
-        if neutral is not ANY and (value not in accepted or isinstance(value, bool) != isinstance(neutral, bool)):
+        number_for_bool = value is not None and isinstance(value, bool) != isinstance(accepted[0], bool)
+        if neutral is not ANY and (value not in accepted or number_for_bool):
             fail(key, f"is {value!r}, but only {accepted[0]!r} is supported: {why}")
 
 
 def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None:
     """What no key can be checked for alone."""
-    for key, only in NOT_BUILT.items():
-        if values[key] != only:
-            fail(key, f"is {values[key]!r}, which is not built yet; only {only!r} works now")
     if values["resume"] is not None and values["pretrain"] is not None:
         fail("pretrain", "not together with resume, whose checkpoint already holds the weights")
     if values["data.dense"] and values["data.num_segments"] > 128:

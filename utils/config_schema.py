@@ -226,7 +226,6 @@ FIELDS = {
     "network.shard_backbone": Field(
         "bool", False, "Split the frozen tower's weights over the processes; each block is put together when it runs."
     ),
-    "network.sync_bn": Field("bool", False, "BatchNorm statistics over all processes instead of each one's own."),
     # solver
     "solver.type": Field("str", "cosine", "Learning rate after the warm-up.", _one_of("cosine", "multistep")),
     "solver.epochs": Field("int", REQUIRED, "Passes over the training list.", _at_least(1)),
@@ -252,6 +251,14 @@ FIELDS = {
         "`amp`: bf16 where the GPU has it, else fp16; fp32 on a CPU.",
         _one_of("amp", "bf16", "fp16", "fp32"),
     ),
+    "solver.recompute": Field(
+        "bool",
+        True,
+        "Keep the tower's tokens and each side block's input only, and compute the rest again in the backward pass: "
+        "the same gradients, in about a seventh of the memory.",
+    ),
+    "solver.compile": Field("bool", False, "Compile the tower's blocks, which takes a C++ compiler and a minute."),
+    "solver.sync_bn": Field("bool", False, "BatchNorm statistics over all processes instead of each one's own."),
     "solver.clip_grad": Field("float", None, "Largest norm of the gradient; above, it is scaled down to it.", _ABOVE_0),
     # test
     "test.view_batch": Field("int", None, "Views in the model at once; None takes `data.batch_size`.", _at_least(1)),
@@ -264,11 +271,6 @@ FIELDS = {
     "logging.skip_epoch": Field("list of int", [], "Epochs, from 0, that are saved but not evaluated.", _EPOCHS),
 }
 
-# Key -> the only value it may have until the rest is built.
-NOT_BUILT = {
-    "network.sync_bn": False,
-}
-
 # Key -> the value it may have (ANY, or that of the other key named here), and why.
 LEGACY = {
     "data.seg_length": (1, "A segment gives one frame; use `data.num_segments` for more frames."),
@@ -279,6 +281,7 @@ LEGACY = {
     "network.sim_header": (None, "The clip's feature is a mean, with no further head."),
     "network.joint_st": (False, "Attention runs inside each frame, convolution across frames."),
     "network.n_emb": ("network.side_dim", "Another name of `network.side_dim`, and must equal it."),
+    "network.sync_bn": ("solver.sync_bn", "Another name of `solver.sync_bn`, and must equal it."),
     "network.fix_clip": (ANY, "The tower is always frozen."),
     "network.my_fix_clip": (True, "The tower is always frozen."),
     "solver.epoch_offset": (0, "Use `resume` or `solver.start_epoch`."),
@@ -305,8 +308,6 @@ def markdown() -> str:
         rows = [(f"`{key}`", field.must, _code(field.default), field.doc) for key, field in fields.items()]
         lines += [f"\n## {f'`{section}`' if section else 'No section'}: {what}\n"]
         lines += _table(("key", "type", "default", "what it does"), rows)
-    lines += ["\n## Not built yet\n\nAny other value is an error.\n"]
-    lines += _table(("key", "the only value"), [(f"`{key}`", _code(value)) for key, value in NOT_BUILT.items()])
     lines += ["\n## Keys of older configurations\n\nAccepted with this value, and dropped; an error otherwise.\n"]
     lines += _table(("key", "value", "why"), [(f"`{key}`", _code(value), why) for key, (value, why) in LEGACY.items()])
     return "\n".join(lines) + "\n"

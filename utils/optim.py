@@ -17,7 +17,7 @@ def build_optimizer(model: Side4Video, config: DotMap) -> torch.optim.AdamW:
     `grad_accumulation_steps` unless `sync_bn`. Each group keeps its own peak as `base_lr`.
     """
     solver = config.solver
-    norm_lr = solver.lr if config.network.sync_bn else solver.lr / solver.grad_accumulation_steps
+    norm_lr = solver.lr if solver.sync_bn else solver.lr / solver.grad_accumulation_steps
     norm_names = {
         f"{name}.{own}"
         for name, module in model.trained.side.named_modules()

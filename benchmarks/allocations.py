@@ -1,0 +1,69 @@
+"""What a call leaves in memory, and what it launches."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten.baddbmm,
+    aten.convolution,
+    aten.convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
+NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view, aten.detach}
+
+
+def measure_memory(function: Callable[[], Any]) -> tuple[int, int]:
+    """(bytes that the call leaves behind, bytes at its peak), above what there was before, on the CPU or a GPU.
+
+    It asks PyTorch's allocator, so no tensor escapes: neither those that a function keeps on its ctx, which
+    saved-tensor hooks miss, nor those of compiled code. What the call returns still lives when it is counted, and with
+    it all that a backward pass will need. Parameters, buffers and inputs were there before.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        left, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        del result
+        return left, peak
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    left = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        left += event.nbytes()
+        peak = max(peak, left)
+    return left, peak
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts the operators that run inside, each a kernel launch on a GPU, and the seconds in matrix products.
+
+    Views and allocations are left out. What compiled code runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.product_seconds = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.product_seconds += time.perf_counter() - started
+        self.operators += not (func.is_view or func.overloadpacket in NO_KERNEL)
+        return result

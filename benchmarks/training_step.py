@@ -1,0 +1,199 @@
+"""Memory and time of a training step and of evaluation, against the textbook form of tests/textbook.py.
+
+    python -m benchmarks.training_step [--only ViT-B/16] [--clips 1 2] [--rounds 7]
+
+Both sides share one tower with seeded weights and one batch, in float32, and are run in turns in one process. Medians
+of seconds, medians of the ratios of each round. Writes benchmarks/results/training_step.txt.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.allocations import OperatorCount, measure_memory
+from benchmarks.machine import describe_machine
+from modules.backbones import ARCHITECTURES, FrozenTower
+from modules.side_network import SideNetwork
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from textbook import textbook_of  # noqa: E402
+
+RESULTS = Path("benchmarks/results/training_step.txt")
+FRAMES, SIZE, CROPS_AND_CLIPS = 8, 224, 3 * 4
+EVA_E = "EVA02-CLIP-bigE-14"
+SIDE_WIDTHS = {"ViT-B/32": 320, "ViT-B/16": 320, "ViT-L/14": 512, EVA_E: 576}
+EVA_BLOCKS = 4  # of 64, which would fill this memory
+MIB = 2**20
+
+
+class Model(nn.Module):
+    """Tower and side network as users run them, or the textbook's side network on the same tower."""
+
+    def __init__(self, tower: FrozenTower, side: nn.Module, recompute: bool | None = None):
+        super().__init__()
+        self.tower, self.side, self.recompute = tower, side, recompute
+
+    def forward(self, clips: Tensor) -> Tensor:
+        if self.recompute is not None:
+            self.side.recompute = self.recompute
+        return self.side(clips, self.tower.layer_tokens(clips))
+
+    def step(self, clips: Tensor) -> None:
+        self(clips).sum().backward()
+
+    @torch.no_grad()
+    def views(self, clips: Tensor, times: int = 1) -> None:
+        for _ in range(times):
+            self(clips)
+
+
+def build(arch: str) -> dict[str, Model]:
+    """The forms to compare, by name."""
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[arch]
+    kwargs = {"depth": EVA_BLOCKS} if arch == EVA_E else {}
+    layers = "every2" if architecture.side_variant == "post" else "all"
+    tower = FrozenTower(architecture.timm_name, SIZE, kwargs, layers)
+    sizes = dict(
+        backbone_width=tower.width,
+        side_width=SIDE_WIDTHS[arch],
+        num_layers=len(tower.layers),
+        patch_size=tower.patch_size,
+        num_patches=tower.num_patches,
+        norm_placement=architecture.side_variant,
+    )
+    side = SideNetwork(**sizes).train()
+    compiled = copy.deepcopy(tower)
+    compiled.compile_blocks()
+    return {
+        "textbook": Model(tower, textbook_of(side, **sizes)),
+        "recompute": Model(tower, side, True),
+        "recompute, compiled": Model(compiled, side, True),
+        "no recompute": Model(tower, side, False),
+        "no recompute, compiled": Model(compiled, side, False),
+    }
+
+
+def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Name -> median seconds, and the median of the ratios to the first run of the same round."""
+    rows = []
+    for _ in range(rounds + 1):
+        row = []
+        for run in runs.values():
+            started = time.perf_counter()
+            run()
+            row.append(time.perf_counter() - started)
+        rows.append(row)
+    rows = rows[1:]  # the first round warms up, and compiles
+    return {
+        name: (statistics.median(r[i] for r in rows), statistics.median(r[i] / r[0] for r in rows))
+        for i, name in enumerate(runs)
+    }
+
+
+def floor_bytes(tower: FrozenTower, side_width: int, num_clips: int) -> int:
+    """What the layers take from the tower, and each block's input, nothing else."""
+    frames = num_clips * FRAMES
+    per_layer = (1 + tower.num_patches) * tower.width * tower.dtype.itemsize + tower.num_patches * side_width * 4
+    return frames * len(tower.layers) * per_layer
+
+
+def measure(arch: str, num_clips: int, rounds: int) -> list[str]:
+    """The lines of one tower and batch size."""
+    models = build(arch)
+    clips = torch.randn(num_clips, FRAMES, 3, SIZE, SIZE)
+    lines = [
+        f"\n{arch}{f' ({EVA_BLOCKS} of 64 blocks)' if arch == EVA_E else ''}, {num_clips} clip(s) of {FRAMES} frames"
+    ]
+
+    textbook, ours = models["textbook"], models["recompute"]
+    width = SIDE_WIDTHS[arch]
+    kept = {name: measure_memory(lambda: model(clips))[0] for name, model in models.items()}  # noqa: B023
+    half = Model(copy.deepcopy(ours.tower), ours.side, True)
+    half.tower.convert(torch.bfloat16)
+    kept["recompute, tower in bfloat16"] = measure_memory(lambda model=half: model(clips))[0]
+    floors = [floor_bytes(model.tower, width, num_clips) for model in (ours, half)]
+    lines.append("  kept for the backward pass, MiB a clip (of textbook)")
+    lines += [f"    {name:30} {n / num_clips / MIB:8.1f}   1/{kept['textbook'] / n:.1f}" for name, n in kept.items()]
+    lines.append("    floor, float32 and bfloat16     {:.1f}, {:.1f}".format(*(n / num_clips / MIB for n in floors)))
+    del half
+
+    for model in models.values():
+        model.side.zero_grad()
+    peaks = [measure_memory(lambda m=m: m.step(clips))[1] for m in (textbook, ours)]
+    evaluation = measure_memory(lambda: ours.views(clips, CROPS_AND_CLIPS))[1]
+    lines.append(
+        f"  peak, MiB: step {peaks[1] / MIB:.0f} (textbook {peaks[0] / MIB:.0f}), 3x4 test at the same batch "
+        f"{evaluation / MIB:.0f}: {evaluation / peaks[1]:.2f} of the step"
+    )
+
+    counts = {}
+    for name in ("textbook", "recompute", "no recompute"):
+        with OperatorCount() as counts[name]:
+            models[name].step(clips)
+    lines.append("  operators a step: " + ", ".join(f"{name} {count.operators}" for name, count in counts.items()))
+
+    steps = time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds)
+    lines.append("  seconds a step, ratio to textbook")
+    lines += [f"    {name:30} {seconds:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in steps.items()]
+
+    runs = {
+        name: models[key]
+        for name, key in (("textbook", "textbook"), ("ours", "recompute"), ("ours, compiled", "recompute, compiled"))
+    }
+    for name in runs:
+        runs[name].eval()
+    views = time_in_turns({name: lambda m=m: m.views(clips) for name, m in runs.items()}, rounds)
+    lines.append("  seconds a view in evaluation, ratio to textbook")
+    lines += [f"    {name:30} {seconds / num_clips:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in views.items()]
+
+    lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
+    return lines
+
+
+def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) -> str:
+    """Time of the products that each form runs, as operators one by one: what is left if all else cost nothing."""
+    parts = []
+    for name in ("recompute", "no recompute"):
+        models[name].train()
+        seconds = []
+        for _ in range(3):
+            with OperatorCount() as count:
+                models[name].step(clips)
+            seconds.append(count.product_seconds)
+        parts.append(f"{name} {statistics.median(seconds) / steps['textbook'][0]:.2f}")
+    seconds = []
+    for _ in range(3):
+        with OperatorCount() as count:
+            models["recompute"].eval().views(clips)
+        seconds.append(count.product_seconds)
+    parts.append(f"evaluation {statistics.median(seconds) / views['textbook'][0]:.2f}")
+    return ", ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SIDE_WIDTHS, help="one tower; the results file is not written")
+    parser.add_argument("--clips", type=int, nargs="+", default=[1, 2], help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    lines = [describe_machine(), f"{torch.get_num_threads()} threads, float32, {args.rounds} rounds in turns, medians"]
+    for arch in [args.only] if args.only else SIDE_WIDTHS:
+        for num_clips in args.clips:
+            lines += measure(arch, num_clips, args.rounds)
+            torch.compiler.reset()
+    text = "\n".join(lines) + "\n"
+    sys.stdout.write(text)
+    if not args.only:
+        RESULTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
