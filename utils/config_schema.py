@@ -66,8 +66,8 @@ _STEPS = Rule("each at least 1", lambda steps: all(s >= 1 for s in (steps if isi
 _NOT_EMPTY = Rule("not empty", lambda text: text.strip() != "")
 _TEMPLATE = Rule("with one field for the frame number, like img_{:05d}.jpg", _names_frames)
 _RESIZE = Rule(
-    "the shorter side, or [height, width] to ignore the aspect; in pixels, none below data.input_size",
-    lambda size: len(size) == 2 if isinstance(size, list) else True,
+    "the shorter side or [height, width] in pixels, none below data.input_size",
+    lambda size: not isinstance(size, list) or len(size) == 2,
 )
 _MEAN = Rule(
     "three of them, for red, green and blue, each from 0 to 1", lambda m: len(m) == 3 and all(0 <= x <= 1 for x in m)
@@ -159,7 +159,7 @@ FIELDS = {
     ),
     "seed": Field("int", 1024, "Initialisation, order, frames, crops and flips derive from it.", _at_least(0)),
     # data
-    "data.dataset": Field("str", REQUIRED, "Name of the data set, which may say `data.protocol`.", _NOT_EMPTY),
+    "data.dataset": Field("str", REQUIRED, "Name of the data set, also of the folder of its runs.", _NOT_EMPTY),
     "data.protocol": Field(
         "str",
         None,
