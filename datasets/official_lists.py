@@ -122,9 +122,9 @@ def read_ucf101_classes(path: Path) -> list[str]:
 
 
 def read_hmdb51(folder: Path, split: int) -> dict[str, list[Annotation]]:
-    """ "train" and "val" of one of the three splits, from files `<class>_test_split<N>.txt` with lines `video.avi 0|1|2`.
+    """The lists "train" and "val" of one of the three splits, from files <class>_test_split<N>.txt.
 
-    0 stands for a video that the split does not use.
+    Lines read `video.avi 1`; 1 is for training, 2 for testing, 0 for neither.
     """
     ending = f"_test_split{split}.txt"
     files = sorted(folder.glob(f"*{ending}"))

@@ -528,7 +528,7 @@ def run_list(args: argparse.Namespace) -> None:
         print(f"{path}: {len(listed[part])} videos of {len({label for _, label in listed[part]})} classes")
         config |= {f"{part}_root": str(root_of(args, part)), f"{part}_list": str(path)}
     if args.modality == "RGB":
-        config |= {"image_tmpl": args.image_tmpl, "index_base": base}
+        config |= {"image_tmpl": args.image_tmpl} | ({"index_base": 0} if base == 0 else {})
     print("to be set in the configuration:")
     print(yaml.safe_dump({"data": config}, sort_keys=False, allow_unicode=True), end="")
 
