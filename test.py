@@ -96,8 +96,13 @@ def main(argv: list[str]) -> None:
     if args.save_scores and get_rank() == 0:
         protocol = {
             "dataset": config.data.dataset,
+            "protocol": loader.dataset.protocol,
             "num_segments": config.data.num_segments,
+            "index_base": config.data.index_base,
+            "resize": config.data.resize,
             "input_size": config.data.input_size,
+            "mean": model.backbone.mean,
+            "std": model.backbone.std,
             "test_crops": args.test_crops,
             "test_clips": args.test_clips,
             "dense": config.data.dense,

@@ -38,6 +38,7 @@ from utils.optim import build_optimizer
 from utils.precision import resolve_precision
 from utils.seeding import seed_everything
 from utils.summary import describe_run
+from utils.throughput import Throughput
 
 LAST, BEST = "last_model.pt", "model_best.pt"
 
@@ -96,10 +97,11 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     first_epoch, best = config.solver.start_epoch, -1.0
     if config.resume:
         first_epoch, best = resume(start, optimizer, scaler, config)
+    throughput = Throughput(config, device)
     for epoch in range(first_epoch, config.solver.epochs):
         seed_everything(config.seed, epoch, get_rank())
         train_loader.sampler.set_epoch(epoch)
-        loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config)
+        loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config, throughput)
         report_replaced(train_loader, epoch)
         model.broadcast_buffers()
 
