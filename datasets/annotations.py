@@ -41,13 +41,8 @@ def read_annotations(
     for source, line in numbered_lines(list_path):
         if not line:
             continue
-        record = parse_line(source, line, num_classes, modality)
-        if record.label == UNLABELLED and not unlabelled:
-            raise DataError(f"{source}: label -1 means unlabelled, but training and validation need labels")
-        records.append(record)
-        first = records[0].label
-        if (record.label == UNLABELLED) != (first == UNLABELLED):
-            raise DataError(f"{source}: label {record.label} in a list whose first is {first}; label all or none")
+        records.append(parse_line(source, line, num_classes, modality))
+        check_labelled(records[-1], records[0], unlabelled)
     if not records:
         line = " ".join(COLUMNS[modality])
         raise DataError(f"{list_path}: the list is empty; write one line '{line}' per video")
@@ -84,6 +79,16 @@ def parse_line(source: str, line: str, num_classes: int, modality: str) -> Video
         label=int(label),
         source=source,
     )
+
+
+def check_labelled(record: VideoRecord, first: VideoRecord, unlabelled: bool) -> None:
+    """DataError for label -1 unless `unlabelled`, and for a list of which only a part has labels."""
+    if record.label == UNLABELLED and not unlabelled:
+        raise DataError(f"{record.source}: label -1 means unlabelled, but training and validation need labels")
+    if (record.label == UNLABELLED) != (first.label == UNLABELLED):
+        raise DataError(
+            f"{record.source}: label {record.label} in a list whose first is {first.label}; label all or none"
+        )
 
 
 def few_shot(
