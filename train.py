@@ -18,6 +18,7 @@ from dotmap import DotMap
 from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
 from modules import build_model, resolve_input_size
 from modules.side4video import Side4Video
+from utils.atomic import write_atomically
 from utils.checkpoint import (
     holds_tower,
     is_official,
@@ -25,7 +26,6 @@ from utils.checkpoint import (
     model_state,
     read_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from utils.class_names import class_order, names_differ
 from utils.config import load_config

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.annotations import VideoRecord
+from datasets.frame_files import frame_pattern
 from utils.errors import ConfigError, DataError, UserError
 
 # decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
@@ -69,10 +69,9 @@ class FrameFolderReader:
 
     def _count(self, record: VideoRecord) -> int:
         folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
-        parts = Formatter().parse(template)
-        pattern = "".join(re.escape(text) + ("" if field is None else r"\d+") for text, field, *_ in parts)
+        pattern = frame_pattern(template)
         files = os.listdir(folder) if os.path.isdir(folder) else []
-        if count := sum(re.fullmatch(pattern, file) is not None for file in files):
+        if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
         raise DataError(
             f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"

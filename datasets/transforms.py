@@ -157,7 +157,7 @@ def flip_pairs(protocol: str, num_classes: int, class_names: Sequence[str] | Non
     """
     if class_names is not None:
         labels = {name: label for label, name in enumerate(class_names)}
-        mirrored = [labels.get(_mirror_words(name)) for name in class_names]
+        mirrored = [labels.get(mirror_words(name)) for name in class_names]
         return {label: other for label, other in enumerate(mirrored) if other not in (None, label)}
     if protocol != "something":
         return {}
@@ -169,7 +169,9 @@ def flip_pairs(protocol: str, num_classes: int, class_names: Sequence[str] | Non
     return dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
 
 
-def _mirror_words(name: str) -> str:
+def mirror_words(name: str) -> str:
+    """`name` with the words left and right swapped."""
+
     def swap(match: re.Match) -> str:
         word = match.group()
         other = "right" if word.lower() == "left" else "left"

@@ -14,8 +14,9 @@ from utils.config import load_config
 from utils.config_schema import FIELDS
 from utils.engine import train_one_epoch
 from utils.optim import build_optimizer
+from utils.parallel import usable_cores
 from utils.precision import resolve_precision
-from utils.throughput import STEPS, DeviceClock, HostClock, Throughput, advice, available_cores
+from utils.throughput import STEPS, DeviceClock, HostClock, Throughput, advice
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def test_advice_comes_above_10_per_cent_of_waiting(caplog, waiting, advised):
     report, *rest = lines_of(caplog)
     assert f": {waiting}.0 % of the time waiting" in report
     assert bool(rest) == advised and (not rest or "what to change" in rest[0])
-    given = advice(make_config(), waiting / 100, available_cores(), 1)
+    given = advice(make_config(), waiting / 100, usable_cores(), 1)
     assert rest[1:] == ([f"throughput: - {line}" for line in given] if advised else [])
 
 
@@ -141,7 +142,7 @@ def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epoch
     waiting, computing = 49 * 2 + 2 * 4, 49 * 6
     share = 100 * waiting / (waiting + computing)
     assert f"steps 2 to 50: {share:.1f} % of the time waiting for data, 0.0 % copying it" in lines_of(caplog)[0]
-    assert len(lines_of(caplog)) == 2 + len(advice(config, share / 100, available_cores(), 1))
+    assert len(lines_of(caplog)) == 2 + len(advice(config, share / 100, usable_cores(), 1))
     printed = [record.getMessage() for record in caplog.records if record.name == "utils.engine"]
     assert len(printed) == 3 and all("of which 2.200 s waiting for data" in line for line in printed)
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from itertools import pairwise
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ import torch
 from datasets.sampling import protocol_of
 from datasets.transforms import resize_size
 from utils.distributed import gather, get_local_world_size, get_rank, get_world_size
+from utils.parallel import usable_cores
 
 STEPS = 50  # after so many the shares are logged
 TOLERATED = 0.1  # share of the time that may be spent waiting for data before advice is given
@@ -114,13 +114,8 @@ class Throughput:
         )
         if waiting > TOLERATED:
             log.info("throughput: the loader holds training up; what to change, the first things first:")
-            for line in advice(self._config, waiting, available_cores(), get_local_world_size()):
+            for line in advice(self._config, waiting, usable_cores(), get_local_world_size()):
                 log.info("throughput: - %s", line)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def advice(config: Any, waiting: float, cores: int, processes: int) -> list[str]:
