@@ -19,7 +19,8 @@ import numpy as np
 from datasets.annotations import UNLABELLED
 from datasets.loaders import build_eval_loader
 from modules import build_model, resolve_input_size
-from utils.checkpoint import holds_tower, load_model_state, read_checkpoint, write_atomically
+from utils.atomic import write_atomically
+from utils.checkpoint import holds_tower, load_model_state, read_checkpoint
 from utils.class_names import class_order
 from utils.config import load_config
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
@@ -93,8 +94,13 @@ def main(argv: list[str]) -> None:
     if args.save_scores and get_rank() == 0:
         protocol = {
             "dataset": config.data.dataset,
+            "protocol": loader.dataset.protocol,
             "num_segments": config.data.num_segments,
+            "index_base": config.data.index_base,
+            "resize": config.data.resize,
             "input_size": config.data.input_size,
+            "mean": model.backbone.mean,
+            "std": model.backbone.std,
             "test_crops": args.test_crops,
             "test_clips": args.test_clips,
             "dense": config.data.dense,

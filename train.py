@@ -18,6 +18,7 @@ from dotmap import DotMap
 from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
 from modules import build_model, resolve_input_size
 from modules.side4video import Side4Video
+from utils.atomic import write_atomically
 from utils.checkpoint import (
     holds_tower,
     is_official,
@@ -25,7 +26,6 @@ from utils.checkpoint import (
     model_state,
     read_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from utils.class_names import class_order, names_differ
 from utils.config import load_config
@@ -38,6 +38,7 @@ from utils.optim import build_optimizer
 from utils.precision import resolve_precision
 from utils.seeding import seed_everything
 from utils.summary import describe_run
+from utils.throughput import Throughput
 
 LAST, BEST = "last_model.pt", "model_best.pt"
 
@@ -95,10 +96,11 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     first_epoch, best = config.solver.start_epoch, -1.0
     if config.resume:
         first_epoch, best = resume(start, optimizer, scaler, config)
+    throughput = Throughput(config, device, train_loader.dataset)
     for epoch in range(first_epoch, config.solver.epochs):
         seed_everything(config.seed, epoch, get_rank())
         train_loader.sampler.set_epoch(epoch)
-        loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config)
+        loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config, throughput)
         report_replaced(train_loader, epoch)
         model.broadcast_buffers()
 

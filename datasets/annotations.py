@@ -37,33 +37,58 @@ def read_annotations(
     spaces or tabs. `unlabelled` accepts a list in which every label is -1. Raises DataError for a file that cannot be
     read or has no lines, a wrong number of columns, num_frames below 1 and labels outside 0..num_classes-1.
     """
-    columns, records = COLUMNS[modality], []
-    for source, line in _lines(list_path):
+    records = []
+    for source, line in numbered_lines(list_path):
         if not line:
             continue
-        values = line.rsplit(maxsplit=len(columns) - 1)
-        if len(values) != len(columns):
-            raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {line!r}")
-        path, *num_frames, label = values
-        label_name = f"{source}: label (data.num_classes is {num_classes})"
-        if label == str(UNLABELLED):
-            if not unlabelled:
-                raise DataError(f"{source}: label -1 means unlabelled, but training and validation need labels")
-        else:
-            label = _integer(label, label_name, 0, num_classes - 1, line)
-        records.append(
-            VideoRecord(
-                path=path,
-                num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,
-                label=int(label),
-                source=source,
-            )
-        )
-        if (records[-1].label == UNLABELLED) != (records[0].label == UNLABELLED):
-            raise DataError(f"{source}: label {label} in a list whose first is {records[0].label}; label all or none")
+        records.append(parse_line(source, line, num_classes, modality))
+        check_labelled(records[-1], records[0], unlabelled)
     if not records:
-        raise DataError(f"{list_path}: the list is empty; write one line '{' '.join(columns)}' per video")
+        line = " ".join(COLUMNS[modality])
+        raise DataError(f"{list_path}: the list is empty; write one line '{line}' per video")
     return records
+
+
+def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
+    """("FILE:LINE", stripped line) of every line of a UTF-8 text file, blank ones too."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", line.strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def split_line(source: str, line: str, modality: str) -> list[str]:
+    """The columns of one line, split from the right; DataError for a wrong number of them."""
+    columns = COLUMNS[modality]
+    values = line.rsplit(maxsplit=len(columns) - 1)
+    if len(values) != len(columns):
+        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {line!r}")
+    return values
+
+
+def parse_line(source: str, line: str, num_classes: int, modality: str) -> VideoRecord:
+    """The record of one line, labelled or not, whatever the other lines are; DataError as for `read_annotations`."""
+    path, *num_frames, label = split_line(source, line, modality)
+    if label != str(UNLABELLED):
+        label = _integer(label, f"{source}: label (data.num_classes is {num_classes})", 0, num_classes - 1, line)
+    return VideoRecord(
+        path=path,
+        num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,
+        label=int(label),
+        source=source,
+    )
+
+
+def check_labelled(record: VideoRecord, first: VideoRecord, unlabelled: bool) -> None:
+    """DataError for label -1 unless `unlabelled`, and for a list of which only a part has labels."""
+    if record.label == UNLABELLED and not unlabelled:
+        raise DataError(f"{record.source}: label -1 means unlabelled, but training and validation need labels")
+    if (record.label == UNLABELLED) != (first.label == UNLABELLED):
+        raise DataError(
+            f"{record.source}: label {record.label} in a list whose first is {first.label}; label all or none"
+        )
 
 
 def few_shot(
@@ -88,7 +113,7 @@ def read_class_names(csv_path: str, num_classes: int) -> list[str]:
     Raises DataError for another header, a wrong number of columns, an id that is missing, outside or there twice,
     and a name that is empty or there twice.
     """
-    rows = csv.reader(line for _, line in _lines(csv_path))
+    rows = csv.reader(line for _, line in numbered_lines(csv_path))
     header = [value.strip() for value in next(rows, [])]
     if header != ["id", "name"]:
         raise DataError(f"{csv_path}:1: the header must read 'id,name', got {','.join(header)!r}")
@@ -109,16 +134,6 @@ def read_class_names(csv_path: str, num_classes: int) -> list[str]:
     if missing := set(range(num_classes)) - set(names):
         raise DataError(f"{csv_path}: ids must be 0..{num_classes - 1}, but {min(missing)} is missing")
     return [names[label] for label in range(num_classes)]
-
-
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    """("FILE:LINE", stripped line) of a UTF-8 text file."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                yield f"{path}:{number}", line.strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _integer(text: str, name: str, low: int, high: int | None, line: str) -> int:

@@ -38,14 +38,14 @@ def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> Video
     """
     data = config.data
     common = _common_parts(config, data.train_root, data.train_list)
-    labels = flip_pairs(common["protocol"], data.num_classes, common["class_names"])
+    labels = flip_pairs(common["protocol"], data.num_classes, common["class_names"]) if data.flip else None
     if data.shot:
         names = common["class_names"] or [f"class {label}" for label in range(data.num_classes)]
         common["records"] = few_shot(common["records"], data.shot, names, shot_rng(config.seed))
     dataset = TrainVideoDataset(
         **common,
         skip_unreadable=data.on_error == "skip",
-        transform=TrainTransform(common["protocol"], data.input_size, labels, data.rand_aug),
+        transform=TrainTransform(common["protocol"], data.input_size, labels, data.rand_aug, data.resize),
         dense=data.dense,
         seed=config.seed,
         random_shift=data.random_shift,
@@ -85,7 +85,7 @@ def build_eval_loader(
     dataset = EvalVideoDataset(
         **common,
         skip_unreadable=data.modality == "video" or data.on_error == "skip",
-        transform=EvalTransform(common["protocol"], data.input_size, crops),
+        transform=EvalTransform(common["protocol"], data.input_size, crops, data.resize),
         dense=data.dense if dense is None else dense,
         num_clips=clips,
     )
@@ -136,7 +136,7 @@ def _common_parts(config: Any, root: str, list_path: str, unlabelled: bool = Fal
         "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled),
         "class_names": read_class_names(data.label_list, data.num_classes) if data.label_list else None,
         "reader": _reader(data, root),
-        "protocol": protocol_of(data.dataset),
+        "protocol": data.protocol or protocol_of(data.dataset),
         "num_segments": data.num_segments,
     }
 
@@ -144,7 +144,7 @@ def _common_parts(config: Any, root: str, list_path: str, unlabelled: bool = Fal
 def _reader(data: Any, root: str) -> Reader:
     if data.modality == "video":
         return VideoFileReader(root, data.decoder)
-    return FrameFolderReader(root, data.image_tmpl, data.count_frames)
+    return FrameFolderReader(root, data.image_tmpl, data.count_frames, data.index_base)
 
 
 def _loader(config: Any, dataset: VideoDataset, sampler: Sized, batch_size: int) -> VideoLoader:

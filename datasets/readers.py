@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.annotations import VideoRecord
+from datasets.frame_files import frame_pattern
 from utils.errors import ConfigError, DataError, UserError
 
 # decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
@@ -41,13 +41,13 @@ class Reader(Protocol):
 
 
 class FrameFolderReader:
-    """Videos stored as one image file per frame, numbered from 1: index i is the file `image_tmpl.format(i + 1)`.
+    """Videos stored as one image file per frame: index i is the file `image_tmpl.format(i + index_base)`.
 
     A video has as many frames as the list says or, with `count_frames`, as there are files in its folder whose names
     are `image_tmpl` with any digits for the number.
     """
 
-    def __init__(self, root: str, image_tmpl: str, count_frames: bool = False):
+    def __init__(self, root: str, image_tmpl: str, count_frames: bool = False, index_base: int = 1):
         """Raises ConfigError for a template that does not make a file name of a number."""
         try:
             numbered = image_tmpl.format(1) != image_tmpl.format(2)
@@ -61,6 +61,7 @@ class FrameFolderReader:
         self.root = root
         self.image_tmpl = image_tmpl
         self.count_frames = count_frames
+        self.index_base = index_base
 
     def open(self, record: VideoRecord) -> Video:
         num_frames = self._count(record) if self.count_frames else record.num_frames
@@ -68,22 +69,22 @@ class FrameFolderReader:
 
     def _count(self, record: VideoRecord) -> int:
         folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
-        parts = Formatter().parse(template)
-        pattern = "".join(re.escape(text) + ("" if field is None else r"\d+") for text, field, *_ in parts)
+        pattern = frame_pattern(template)
         files = os.listdir(folder) if os.path.isdir(folder) else []
-        if count := sum(re.fullmatch(pattern, file) is not None for file in files):
+        if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
         raise DataError(
             f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
         )
 
     def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> Image.Image:
-        path = os.path.join(self.root, record.path, self.image_tmpl.format(index + 1))
+        path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except FileNotFoundError as error:
-            problem, advice, cause = "frame missing", "check the data root, data.image_tmpl and num_frames", error
+            advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
+            problem, cause = "frame missing", error
         except Exception as error:  # broken files make Pillow raise many kinds, SyntaxError and struct.error among them
             problem, advice, cause = f"frame unreadable ({error})", "extract it again", error
         listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"

@@ -31,23 +31,24 @@ SOMETHING_FLIP_PAIRS = ((86, 87), (93, 94), (166, 167))
 class TrainTransform:
     """RandAugment when `rand_aug`, resize, random-resized crop, flip, grayscale.
 
-    A flip changes the label by `flip_labels` (see `flip_pairs`).
+    A flip changes the label by `flip_labels` (see `flip_pairs`); None: no clip is flipped. `resize`: of `resize_size`.
     """
 
     protocol: str
     input_size: int
-    flip_labels: Mapping[int, int]
+    flip_labels: Mapping[int, int] | None
     rand_aug: bool = False
+    resize: int | Sequence[int] | None = None
 
     def __call__(self, frames: Sequence[Image], label: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
         """(uint8 (T, 3, S, S), label)."""
         if self.rand_aug:
             frames = rand_augment(frames, int(rng.integers(2**32)))
-        size = resize_size(*frames[0].size, self.protocol, self.input_size)
+        size = resize_size(*frames[0].size, self.protocol, self.input_size, self.resize)
         frames = [frame.resize(size, Resampling.BICUBIC) for frame in frames]
         crop = draw_crop(*size, self.input_size, rng)
         clip = to_clip([crop(frame) for frame in frames])
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and self.flip_labels is not None:
             clip, label = clip.flip(-1), self.flip_labels.get(label, label)
         if rng.random() < GRAY_SHARE[self.protocol]:
             clip = grayscale(clip)
@@ -61,10 +62,11 @@ class EvalTransform:
     protocol: str
     input_size: int
     num_crops: int = 1
+    resize: int | Sequence[int] | None = None
 
     def __call__(self, frames: Sequence[Image]) -> torch.Tensor:
         """uint8 (crops, T, 3, S, S)."""
-        size = resize_size(*frames[0].size, self.protocol, self.input_size)
+        size = resize_size(*frames[0].size, self.protocol, self.input_size, self.resize)
         clip = to_clip([frame.resize(size, Resampling.BICUBIC) for frame in frames])
         crops = torch.stack(
             [
@@ -75,8 +77,17 @@ class EvalTransform:
         return torch.cat([crops, crops.flip(-1)]) if self.num_crops == 10 else crops
 
 
-def resize_size(width: int, height: int, protocol: str, input_size: int) -> tuple[int, int]:
-    """(width, height) a frame is resized to before it is cropped."""
+def resize_size(
+    width: int, height: int, protocol: str, input_size: int, resize: int | Sequence[int] | None = None
+) -> tuple[int, int]:
+    """(width, height) a frame is resized to before it is cropped.
+
+    `resize` is the shorter side, or [height, width] whatever the frame's are, or None for what the protocol says.
+    """
+    if isinstance(resize, int):
+        return _shorter_side_to(resize, width, height)
+    if resize is not None:
+        return resize[1], resize[0]
     if protocol == "something":
         base = input_size if input_size > 256 else 224
         return 320 * base // 224, 256 * base // 224
@@ -146,19 +157,21 @@ def flip_pairs(protocol: str, num_classes: int, class_names: Sequence[str] | Non
     """
     if class_names is not None:
         labels = {name: label for label, name in enumerate(class_names)}
-        mirrored = [labels.get(_mirror_words(name)) for name in class_names]
+        mirrored = [labels.get(mirror_words(name)) for name in class_names]
         return {label: other for label, other in enumerate(mirrored) if other not in (None, label)}
     if protocol != "something":
         return {}
     if num_classes != 174:
         raise ConfigError(
             f"data.label_list: give it (csv id,name), a flip must swap the labels of left and right, and without names "
-            f"they are only known for 174 classes, not for {num_classes}"
+            f"they are only known for 174 classes, not for {num_classes}; or set data.flip=False"
         )
     return dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
 
 
-def _mirror_words(name: str) -> str:
+def mirror_words(name: str) -> str:
+    """`name` with the words left and right swapped."""
+
     def swap(match: re.Match) -> str:
         word = match.group()
         other = "right" if word.lower() == "left" else "left"

@@ -113,7 +113,7 @@ class FrozenTower(nn.Module):
     Attributes:
         layers: blocks whose tokens are given, from 0, rising.
         depth: blocks of the whole tower, of which `num_blocks` are left.
-        mean, std: of the pixels that the tower was trained with, for each channel, pixels from 0 to 1.
+        mean, std: to normalise pixels with, for each channel, pixels from 0 to 1; at first those of timm's weights.
         timm_size: height and width that timm's weights were trained with; another one resamples position tables.
     """
 

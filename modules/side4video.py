@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modules.backbones import FrozenTower, find_architecture
 from modules.pretrained import load_tower_weights
 from modules.side_network import SideNetwork, TokenBatchNorm
+from utils.config import resize_problem
 from utils.distributed import average_bucket, get_world_size
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
@@ -124,13 +125,15 @@ def resolve_input_size(config: DotMap) -> None:
     """Fill in `data.input_size` with the size that timm states for the tower, if the configuration leaves it open.
 
     Raises:
-        ConfigError: unknown architecture, or timm states none.
+        ConfigError: unknown architecture, or timm states none, or `data.resize` is below it.
     """
     if config.data.input_size is None:
         stated = timm.get_pretrained_cfg(find_architecture(config.network.arch).timm_name)
         if stated is None:
             raise ConfigError(f"data.input_size: give it, timm states none for {config.network.arch}")
         config.data.input_size = stated.input_size[-1]
+        if problem := resize_problem(config.data.get("resize"), config.data.input_size):
+            raise ConfigError(f"data.resize: {problem}")
 
 
 def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
@@ -154,6 +157,7 @@ def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
     side_layers = VARIANT_LAYERS[variant] if network.side_layers is None else network.side_layers
     filled = network.init or not load_tower
     tower = FrozenTower(architecture.timm_name, data.input_size, network.backbone_kwargs, side_layers, filled)
+    tower.mean, tower.std = (tuple(data.get(name) or getattr(tower, name)) for name in ("mean", "std"))
     tower.convert(backbone_dtype(config))
     if network.init and load_tower:
         load_tower_weights(tower, architecture, network.arch, network.weights)

@@ -4,12 +4,12 @@ import torch
 from test_backbones import published_form, tiny_config, tiny_tower
 
 from modules import build_model
+from utils.atomic import write_atomically
 from utils.checkpoint import (
     load_model_state,
     model_state,
     read_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from utils.errors import CheckpointError
 from utils.hashing import hash_tensors

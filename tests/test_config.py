@@ -340,6 +340,18 @@ def test_a_required_key_that_is_missing_is_an_error_with_its_sentence(key):
         ("data.num_classes=0", "0"),
         ("data.input_size=0", "0"),
         ("data.shot=0", "0"),
+        ("data.protocol=ucf", "'ucf'"),
+        ("data.index_base=2", "2"),
+        ("data.flip=1", "1"),
+        ("data.resize=wide", "'wide'"),
+        ("data.resize=[256]", "[256]"),
+        ("data.resize=[256, 320, 3]", "[256, 320, 3]"),
+        ("data.mean=0.5", "0.5"),
+        ("data.mean=[0.5]", "[0.5]"),
+        ("data.mean=[123.7, 116.3, 103.5]", "[123.7, 116.3, 103.5]"),
+        ("data.std=[0.5, 0.5, 0]", "[0.5, 0.5, 0]"),
+        ("data.std=[58.4, 57.1, 57.4]", "[58.4, 57.1, 57.4]"),
+        ("data.std=[0.5, 0.5]", "[0.5, 0.5]"),
         ("data.dense=1", "1"),
         ("data.dense=None", "None"),
         ("data.train_list=3", "3"),
@@ -422,6 +434,9 @@ def test_an_override_of_the_wrong_form_is_an_error(override, line):
     "overrides, line",
     [
         (["data.dense=True", "data.num_segments=129"], "data.num_segments: is 129, at most 128 with data.dense"),
+        (["data.input_size=224", "data.resize=223"], "data.resize: is 223, below data.input_size, which is 224"),
+        (["data.input_size=224", "data.resize=[256, 200]"], "data.resize: is [256, 200], below data.input_size"),
+        (["data.input_size=224", "data.resize=-1"], "data.resize: is -1, below data.input_size, which is 224"),
         (["solver.start_epoch=30"], "solver.start_epoch: is 30, must be below solver.epochs, which is 30"),
         (["resume=last_model.pt", "pretrain=last_model.pt"], "pretrain: not together with resume, whose checkpoint"),
         (["network.init=False", "network.weights=last_model.pt"], "network.weights: contradicts network.init: False"),
@@ -438,6 +453,8 @@ def test_limits_themselves_are_accepted():
     load("solver.mixup=True", "data.batch_size=3", "data.num_sample=2")
     load("solver.mixup=True", "data.batch_size=3", purpose="test")
     load("data.dense=True", "data.num_segments=128", "solver.start_epoch=29", "solver.lr_warmup_step=0")
+    load("data.input_size=224", "data.resize=224", "data.mean=[0, 1, 0.5]", "data.std=[1, 1, 1e-3]")
+    load("data.input_size=224", "data.resize=[224, 224]", "data.index_base=0")
     load("data.num_segments=129", "network.weights=last_model.pt", "network.drop_fc=0", "solver.betas=[0, 0]")
 
 

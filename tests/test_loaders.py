@@ -14,6 +14,7 @@ def make_config(paths, accumulation=1, view_batch=None, **data):
     root, list_path = paths
     defaults = {
         "dataset": "tiny",
+        "protocol": None,
         "num_segments": 2,
         "batch_size": 2,
         "workers": 0,
@@ -22,6 +23,7 @@ def make_config(paths, accumulation=1, view_batch=None, **data):
         "modality": "RGB",
         "decoder": "decord",
         "image_tmpl": "img_{:05d}.jpg",
+        "index_base": 1,
         "count_frames": False,
         "on_error": "stop",
         "train_root": root,
@@ -30,6 +32,8 @@ def make_config(paths, accumulation=1, view_batch=None, **data):
         "val_list": list_path,
         "label_list": None,
         "input_size": 16,
+        "resize": None,
+        "flip": True,
         "random_shift": True,
         "num_sample": 1,
         "rand_aug": False,
@@ -149,6 +153,50 @@ def test_flip_labels_come_from_the_class_names(make_frame_folders, tmp_path):
     assert loader.dataset.transform.flip_labels == {0: 1, 1: 0}
     with pytest.raises(ConfigError, match="data.label_list"):
         build_train_loader(make_config(paths, dataset="something"))
+
+
+# Custom data sets
+
+
+@pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
+def test_the_protocol_is_the_names_unless_it_is_given(make_frame_folders, build):
+    paths = make_frame_folders([1] * 4)
+    for dataset, given, protocol in (
+        ("tiny", None, "kinetics"),
+        ("tiny", "something", "something"),
+        ("something", "kinetics", "kinetics"),
+    ):
+        dataset = build(make_config(paths, dataset=dataset, protocol=given, flip=False)).dataset
+        assert dataset.protocol == dataset.transform.protocol == protocol
+
+
+@pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
+@pytest.mark.parametrize("resize", [None, 24, [20, 28]])
+def test_the_resize_of_the_configuration_reaches_training_and_evaluation(make_frame_folders, build, resize):
+    assert build(make_config(make_frame_folders([1] * 4), resize=resize)).dataset.transform.resize == resize
+
+
+def test_without_flips_neither_pixels_nor_labels_are_mirrored_and_no_class_names_are_needed(make_frame_folders):
+    paths = make_frame_folders([3] * 4)
+    loader = build_train_loader(make_config(paths, dataset="something", flip=False))
+    assert loader.dataset.transform.flip_labels is None
+    for batch in epoch_batches(loader, 0):
+        assert batch["labels"].tolist() == batch["indices"].tolist()  # four classes in turn
+
+
+@pytest.mark.parametrize("count_frames", [False, True])
+@pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
+def test_frames_numbered_from_0_are_those_of_the_same_files_numbered_from_1(make_frame_folders, build, count_frames):
+    root, _ = paths = make_frame_folders([5] * 4)
+    expected = list(build(make_config(paths, num_segments=5)))
+    for folder in os.listdir(root):
+        for number in range(1, 6):
+            os.rename(*(os.path.join(root, folder, f"img_{n:05d}.jpg") for n in (number, number - 1)))
+    config = make_config(paths, num_segments=5, index_base=0, count_frames=count_frames)
+    assert_equal_batches(expected, list(build(config)))
+    config.data.index_base = 1
+    line = error_of(build(config))
+    assert "img_00005.jpg: frame missing" in line and "data.index_base (1)" in line
 
 
 @pytest.mark.parametrize("workers", [0, 2])

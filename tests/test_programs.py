@@ -14,6 +14,8 @@ import yaml
 import test as test_program
 import train as train_program
 from datasets.motion_demo import CLASSES
+from datasets.transforms import normalize_clips
+from utils import engine
 from utils.errors import UserError
 from utils.hashing import hash_tensors
 
@@ -166,7 +168,6 @@ def test_scores_are_in_list_order_and_sum_to_one(config, tmp_path, motion_root):
 def test_scores_are_the_mean_over_views_of_softmax(config, tmp_path):
     """Against one view at a time through a model that is built and loaded here."""
     from datasets.loaders import build_eval_loader
-    from datasets.transforms import normalize_clips
     from modules import build_model
     from utils.checkpoint import load_model_state, read_checkpoint
     from utils.config import load_config
@@ -264,6 +265,39 @@ def test_an_open_input_size_is_the_towers_in_training_and_testing(config, tmp_pa
     assert checkpoint["trained"]["side.pos"].shape == (16, 64)
     saved = score(config, tmp_path / "run" / "last_model.pt", tmp_path / "s.npz", *changes)
     assert json.loads(str(saved["protocol"]))["input_size"] == 224
+
+
+CUSTOM = [
+    "data.protocol=something",
+    "data.resize=[36, 40]",
+    "data.flip=False",
+    "data.mean=[0,0.5,1]",
+    "data.std=[1,0.5,1]",
+]
+
+
+def test_the_settings_of_a_custom_data_set_hold_in_training_and_testing_and_are_stored(config, tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(engine, "normalize_clips", lambda *args: (seen.add(args[1:]), normalize_clips(*args))[1])
+    data = train(config, tmp_path / "run", "solver.epochs=1", *CUSTOM)["config"]["data"]
+    assert [data[key] for key in ("protocol", "resize", "flip")] == ["something", [36, 40], False]
+    assert seen == {((0.0, 0.5, 1.0), (1.0, 0.5, 1.0))}
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "protocol something" in log and "mean 0.0000, 0.5000, 1.0000, std 1.0000, 0.5000, 1.0000" in log
+    saved = score(config, tmp_path / "run" / "last_model.pt", tmp_path / "s.npz", *CUSTOM)
+    assert len(seen) == 1
+    stored = {"protocol": "something", "resize": [36, 40], "index_base": 1, "mean": [0, 0.5, 1], "std": [1, 0.5, 1]}
+    assert stored.items() <= json.loads(str(saved["protocol"])).items()
+    for custom in CUSTOM:
+        if "flip" not in custom:
+            others = [override for override in CUSTOM if override != custom]
+            other = score(config, tmp_path / "run" / "last_model.pt", tmp_path / "o.npz", *others)
+            assert np.abs(other["scores"] - saved["scores"]).max() > 1e-6, custom
+
+
+def test_a_resize_below_the_towers_own_input_size_is_one_line(config, tmp_path):
+    with pytest.raises(UserError, match="^data.resize: is 200, below data.input_size, which is 224$"):
+        train(config, tmp_path / "run", "data.input_size=None", "data.resize=200")
 
 
 def test_testing_without_a_checkpoint_is_one_line(config, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
+    GRAY_SHARE,
     EvalTransform,
     TrainTransform,
     crop_corners,
@@ -47,6 +48,35 @@ def make_frames(count, size=(53, 38)):
 )
 def test_frames_are_resized_to_the_size_of_the_protocol(protocol, input_size, frame, expected):
     assert resize_size(*frame, protocol, input_size) == expected
+
+
+@pytest.mark.parametrize("protocol", ["kinetics", "something"])
+@pytest.mark.parametrize(
+    ("resize", "frame", "expected"),
+    [
+        (240, (320, 240), (320, 240)),
+        (240, (240, 427), (240, 427)),
+        (300, (320, 256), (375, 300)),
+        ([288, 512], (320, 240), (512, 288)),  # [height, width]
+        ([288, 512], (240, 427), (512, 288)),
+    ],
+)
+def test_a_resize_that_is_given_replaces_that_of_the_protocol_in_training_and_evaluation(
+    protocol, resize, frame, expected
+):
+    assert resize_size(*frame, protocol, 224, resize) == expected
+    frames = make_frames(1, frame)
+    resized = frames[0].resize(expected, Image.Resampling.BICUBIC)
+    (view,) = EvalTransform(protocol, 16, resize=resize)(frames)
+    ((x, y),) = crop_corners(*expected, 16, 1)
+    assert np.array_equal(view[0].permute(1, 2, 0).numpy(), np.asarray(resized.crop((x, y, x + 16, y + 16))))
+    clip, _ = TrainTransform(protocol, 16, None, resize=resize)(frames, 0, generator := rng(5))
+    generator = rng(5)
+    crop = draw_crop(*expected, 16, generator)(resized)
+    generator.random()
+    gray = generator.random() < GRAY_SHARE[protocol]
+    crop = crop.convert("L").convert("RGB") if gray else crop
+    assert np.array_equal(clip[0].permute(1, 2, 0).numpy(), np.asarray(crop))
 
 
 @pytest.mark.parametrize(
@@ -200,10 +230,21 @@ def test_half_of_the_clips_are_flipped():
     assert 440 < flips < 560
 
 
+def test_without_flips_no_clip_is_mirrored_and_every_other_draw_stays():
+    frames, seen = make_frames(2), set()
+    for seed in range(20):
+        (mirrored, changed), (plain, label) = (
+            TrainTransform("kinetics", 32, flip_labels)(frames, 5, rng(seed)) for flip_labels in ({5: 6}, None)
+        )
+        assert label == 5 and torch.equal(plain, mirrored.flip(-1) if changed == 6 else mirrored)
+        seen.add(changed)
+    assert seen == {5, 6}
+
+
 def test_flip_pairs_without_names():
     assert flip_pairs("something", 174, None) == {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
     assert flip_pairs("kinetics", 400, None) == {}
-    with pytest.raises(ConfigError, match="data.label_list.*not for 10"):
+    with pytest.raises(ConfigError, match="data.label_list.*not for 10; or set data.flip=False"):
         flip_pairs("something", 10, None)
 
 

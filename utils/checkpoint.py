@@ -25,12 +25,9 @@ optimizer and scaler, is JSON in the metadata entry "side4video".
 import json
 import logging
 import math
-import os
-import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,6 +37,7 @@ from torch import Tensor
 
 from modules.pretrained import load_strictly
 from modules.side4video import Side4Video
+from utils.atomic import write_atomically
 from utils.errors import CheckpointError
 from utils.hashing import TOWER_POSITIONS, tower_hashes
 from utils.official import from_official, to_official
@@ -49,23 +47,6 @@ SAFETENSORS = ".safetensors"
 METADATA = "side4video"
 
 log = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`write(file)` into a new file beside `path`, then rename: a reader finds the old file or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        with open(temporary, "rb") as file:  # opened anew: safetensors puts a file of its own in the place
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def model_state(model: Side4Video) -> dict[str, Any]:

@@ -172,6 +172,8 @@ def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None
     """What no key can be checked for alone."""
     if values["resume"] is not None and values["pretrain"] is not None:
         fail("pretrain", "not together with resume, whose checkpoint already holds the weights")
+    if problem := resize_problem(values["data.resize"], values["data.input_size"]):
+        fail("data.resize", problem)
     if values["data.dense"] and values["data.num_segments"] > 128:
         fail("data.num_segments", f"is {values['data.num_segments']}, at most 128 with data.dense")
     if values["solver.mixup"] and purpose == "train":
@@ -189,6 +191,14 @@ def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None
         )
     if values["solver.type"] == "multistep" and values["solver.lr_decay_step"] is None:
         fail("solver.lr_decay_step", f"solver.type: multistep needs it: {FIELDS['solver.lr_decay_step'].doc}")
+
+
+def resize_problem(resize: int | list[int] | None, input_size: int | None) -> str | None:
+    """What is wrong with `data.resize`, if anything; an `input_size` that the tower has yet to state excuses it."""
+    if resize is None or input_size is None:
+        return None
+    shorter = min(resize) if isinstance(resize, list) else resize
+    return f"is {resize}, below data.input_size, which is {input_size}" if shorter < input_size else None
 
 
 def _check_paths(values: dict[str, object], purpose: str, fail: Fail) -> None:

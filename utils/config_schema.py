@@ -65,6 +65,17 @@ _EPOCHS = Rule("each at least 0", lambda epochs: all(epoch >= 0 for epoch in epo
 _STEPS = Rule("each at least 1", lambda steps: all(s >= 1 for s in (steps if isinstance(steps, list) else [steps])))
 _NOT_EMPTY = Rule("not empty", lambda text: text.strip() != "")
 _TEMPLATE = Rule("with one field for the frame number, like img_{:05d}.jpg", _names_frames)
+_RESIZE = Rule(
+    "the shorter side or [height, width] in pixels, none below data.input_size",
+    lambda size: not isinstance(size, list) or len(size) == 2,
+)
+_MEAN = Rule(
+    "three of them, for red, green and blue, each from 0 to 1", lambda m: len(m) == 3 and all(0 <= x <= 1 for x in m)
+)
+_STD = Rule(
+    "three of them, for red, green and blue, each above 0 and at most 1",
+    lambda std: len(std) == 3 and all(0 < x <= 1 for x in std),
+)
 _WIDTH = Rule("a positive multiple of 64", lambda value: value > 0 and value % 64 == 0)
 
 
@@ -148,7 +159,14 @@ FIELDS = {
     ),
     "seed": Field("int", 1024, "Initialisation, order, frames, crops and flips derive from it.", _at_least(0)),
     # data
-    "data.dataset": Field("str", REQUIRED, "With `something` in the name: that sampling and resizing.", _NOT_EMPTY),
+    "data.dataset": Field("str", REQUIRED, "Name of the data set, also of the folder of its runs.", _NOT_EMPTY),
+    "data.protocol": Field(
+        "str",
+        None,
+        "Sampling of frames, resize and grayscale as for Kinetics or for Something-Something; None: `something` if "
+        "`data.dataset` has that in its name, else `kinetics`.",
+        _one_of("kinetics", "something"),
+    ),
     "data.modality": Field("str", "RGB", "`RGB` reads frame folders, `video` video files.", _one_of("RGB", "video")),
     "data.decoder": Field(
         "str",
@@ -163,7 +181,12 @@ FIELDS = {
         "int", 2, "Batches that a loader process keeps ready; fewer need less memory.", _at_least(1)
     ),
     "data.num_classes": Field("int", REQUIRED, "Number of classes; labels run from 0 to one less.", _at_least(1)),
-    "data.image_tmpl": Field("str", "img_{:05d}.jpg", "File name of a frame; the first is number 1.", _TEMPLATE),
+    "data.image_tmpl": Field(
+        "str", "img_{:05d}.jpg", "File name of a frame; the first is number `data.index_base`.", _TEMPLATE
+    ),
+    "data.index_base": Field(
+        "int", 1, "Number of the first frame file of a folder.", Rule("0 or 1", lambda base: base in (0, 1))
+    ),
     "data.count_frames": Field(
         "bool", False, "Count the files named like `data.image_tmpl` in each folder; the list's column is not used."
     ),
@@ -185,6 +208,21 @@ FIELDS = {
     "data.label_list": Field("file", None, "Class names: a csv file with the header `id,name`."),
     "data.input_size": Field(
         "int", None, "Height and width of what the model sees; None takes the tower's.", _at_least(1)
+    ),
+    "data.resize": Field(
+        "int or list of int", None, "Size of a frame before it is cropped; None: that of the protocol.", _RESIZE
+    ),
+    "data.flip": Field(
+        "bool", True, "Training mirrors half of the clips, and swaps the labels of left and right; False: none."
+    ),
+    "data.mean": Field(
+        "list of float",
+        None,
+        "Subtracted from pixels, which run from 0 to 1; None: that of the tower's training.",
+        _MEAN,
+    ),
+    "data.std": Field(
+        "list of float", None, "Pixels are then divided by it; None: that of the tower's training.", _STD
     ),
     "data.random_shift": Field("bool", True, "Training draws frames at random; False takes those of validation."),
     "data.num_sample": Field(

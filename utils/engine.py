@@ -20,6 +20,7 @@ from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
 from utils.optim import lr_factor, set_learning_rate
 from utils.precision import Precision
+from utils.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,12 @@ def train_one_epoch(
     precision: Precision,
     epoch: int,
     config: DotMap,
+    throughput: Throughput | None = None,
 ) -> float:
     """Train for one epoch and return the mean loss over its last reported stretch.
 
-    `len(loader)` is a multiple of `grad_accumulation_steps`, so no gradient is left over at the end.
+    `len(loader)` is a multiple of `grad_accumulation_steps`, so no gradient is left over at the end. `throughput` is
+    that of the run, which measures over its epochs; None measures this one alone.
 
     Raises:
         NonFiniteLossError: at the next report after the step that it names.
@@ -81,16 +84,18 @@ def train_one_epoch(
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
     monitor = LossMonitor(epoch, precision.device)
     model.train()
-    mean_loss, started, waited = math.nan, time.perf_counter(), 0.0
+    throughput = throughput or Throughput(config, precision.device)
+    mean_loss, started = math.nan, time.perf_counter()
     since, batches = 0, iter(loader)
     for iteration in range(len(loader)):
-        asked = time.perf_counter()
+        throughput.begin()
         batch = next(batches)
-        waited += time.perf_counter() - asked
+        throughput.lap()
 
         set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
         clips = batch["clips"].to(precision.device, non_blocking=True)
         labels = batch["labels"].to(precision.device, non_blocking=True)
+        throughput.lap()
         clips = normalize_clips(clips, model.backbone.mean, model.backbone.std)
         clips, targets = augment(clips, labels, config.seed, epoch, iteration, get_rank())
         update = (iteration + 1) % accumulation == 0
@@ -108,15 +113,16 @@ def train_one_epoch(
             optimizer.zero_grad(set_to_none=True)
 
         monitor.update(loss, iteration)
+        throughput.end()
         if (iteration + 1) % config.logging.print_freq == 0 or iteration + 1 == len(loader):
             mean_loss = monitor.report()
             now, steps = time.perf_counter(), iteration + 1 - since
             log.info(
                 "epoch %d [%d/%d] loss %.4f, lr %.2e, %.3f s a step, of which %.3f s waiting for data",
                 *(epoch, iteration + 1, len(loader), mean_loss),
-                *(optimizer.param_groups[0]["lr"], (now - started) / steps, waited / steps),
+                *(optimizer.param_groups[0]["lr"], (now - started) / steps, throughput.waited()),
             )
-            started, waited, since = now, 0.0, iteration + 1
+            started, since = now, iteration + 1
     return mean_loss
 
 

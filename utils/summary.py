@@ -28,9 +28,9 @@ def describe_run(
         f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
         f"commit {git_commit()}, seed {config.seed}, {world} process(es) on {device}, precision {precision.name}",
         *describe_model(config, model),
-        f"data: {data.dataset}, {len(train_loader.dataset)} training and {len(val_loader.dataset)} "
-        f"validation videos, {data.num_classes} classes, {data.num_segments} frames of {data.input_size} pixels"
-        f"{', dense' if data.dense else ''}",
+        f"data: {data.dataset}, protocol {train_loader.dataset.protocol}, {len(train_loader.dataset)} training and "
+        f"{len(val_loader.dataset)} validation videos, {data.num_classes} classes, {data.num_segments} frames "
+        f"of {data.input_size} pixels{', dense' if data.dense else ''}",
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
         f"and solver.lr {solver.lr:g} is not rescaled",
