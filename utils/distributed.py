@@ -43,7 +43,7 @@ def barrier() -> None:
 
 
 class Traffic:
-    """Bytes that this process has handed to all-reduce since it started: gradients, statistics, losses."""
+    """Bytes that this process has handed to all-reduce: gradients, statistics, losses."""
 
     reduced = 0
 

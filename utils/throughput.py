@@ -65,6 +65,9 @@ class Throughput:
     After STEPS steps of this process, over as many epochs as it takes, process 0 logs the shares, once, of the process
     that waited longest, and above TOLERATED what to change. Steps that the start flatters or burdens are left out: the
     first, and those whose batches the workers had ready by then, but at most half.
+
+    Attributes:
+        begun: steps so far.
     """
 
     def __init__(
@@ -75,10 +78,10 @@ class Throughput:
         self._marks: list[list[Any]] = []  # of steps whose seconds were not asked for yet
         self._stretch: list[float] = []  # seconds waited in each step since the last `waited()`
         self._first: list[list[float]] = []  # waiting, copying, computing of the first STEPS steps
-        self._begun = 0
+        self.begun = 0
 
     def begin(self) -> None:
-        self._begun += 1
+        self.begun += 1
         self._marks.append([self._clock.mark()])
 
     def lap(self) -> None:
@@ -87,7 +90,7 @@ class Throughput:
     def end(self) -> None:
         """All processes together: the report after STEPS steps gathers from them."""
         self.lap()
-        if self._begun == STEPS:
+        if self.begun == STEPS:
             self._read()
             self._report()
 
