@@ -1,0 +1,274 @@
+"""What the backward pass computes again, what stays in memory for it, and what processes send each other."""
+
+import itertools
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from test_side_network import TINY, make_inputs, make_side, relative
+from textbook import textbook_of
+from torch import multiprocessing
+
+from benchmarks.allocations import measure_memory
+from modules.backbones import FrozenTower
+from modules.side4video import Side4Video, SideClassifier
+from modules.side_network import TokenBatchNorm
+from utils.distributed import Traffic, close_distributed, init_distributed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOWER = dict(patch_size=8, embed_dim=32, depth=3, num_heads=2)
+
+
+def accumulate(side, batches, dtype):
+    """Outputs of both batches, after which the gradients are the sums of both."""
+    outputs = []
+    for clips, tokens in batches:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            out = side(clips, iter(tokens))
+        out.float().square().sum().backward()
+        outputs.append(out)
+    return outputs
+
+
+@pytest.mark.parametrize("token_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_recomputing_changes_no_result(placement, dtype, token_dtype):
+    """Outputs and running statistics to the bit, gradients but for the order of sums, over two accumulated batches."""
+    results = []
+    for recompute in (True, False):
+        side = make_side(placement, torch.float32, **TINY).train()
+        side.recompute = recompute
+        batches = []
+        for frames in (4, 3):
+            clips, tokens = make_inputs(torch.float32, TINY, (8, 12), frames=frames)
+            batches.append((clips, [t.to(token_dtype) for t in tokens]))
+        results.append((side, accumulate(side, batches, dtype)))
+    (ours, outputs), (plain, expected) = results
+    assert all(a.dtype == b.dtype and a.equal(b) for a, b in zip(outputs, expected, strict=True))
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        assert a.equal(b), name
+    assert ours.stem_bn.num_batches_tracked == 2
+    largest = max(p.grad.abs().max() for p in plain.parameters())
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        scale = torch.maximum(b.grad.abs().max(), 1e-2 * largest)  # some are zero but for rounding
+        assert (a.grad - b.grad).abs().max() <= TOLERANCE[dtype] * scale, name
+
+
+def test_gradients_in_a_mode_that_changed_in_between_are_those_of_the_forward_pass():
+    side = make_side("pre", **TINY).train()
+    clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
+    grads = []
+    for changed in (False, True):
+        side.zero_grad()
+        out = side(clips, iter(tokens))
+        side.train(not changed)
+        out.square().sum().backward()
+        side.train()
+        grads.append([p.grad.clone() for p in side.parameters()])
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
+def test_weights_that_change_before_the_backward_pass_are_an_error():
+    side = make_side("pre", **TINY).train()
+    clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
+    out = side(clips, iter(tokens))
+    with torch.no_grad():
+        side.blocks[0].attn.qkv.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory_model(compiled, dtype=torch.float32):
+    torch.manual_seed(0)
+    tower = FrozenTower("vit_tiny_patch16_224", 96, dict(patch_size=8, embed_dim=192, depth=4, num_heads=3))
+    tower.convert(dtype)
+    if compiled:
+        tower.compile_blocks()
+    sizes = dict(backbone_width=192, side_width=128, num_layers=4, patch_size=8, num_patches=144)
+    side = make_side("pre", torch.float32, **sizes).train()
+    return tower, side, textbook_of(side, **sizes)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_backward_pass_keeps_the_towers_tokens_and_the_inputs_of_blocks(compiled):
+    """Only the stem's product, the last block's output and some vectors beside them; compiling changes nothing."""
+    tower, side, textbook = memory_model(compiled)
+    clips = torch.randn(2, 4, 3, 96, 96)
+    kept = {}
+    for name, model in {"ours": side, "textbook": textbook}.items():
+        model(clips, tower.layer_tokens(clips))  # compiles
+        kept[name], _ = measure_memory(lambda model=model: model(clips, tower.layer_tokens(clips)))
+    frames, stream = 2 * 4, 144 * 128 * 4
+    floor = frames * 4 * (145 * 192 * 4 + stream)
+    assert floor <= kept["ours"] <= floor + frames * 2 * stream + 0.03 * floor
+    assert kept["ours"] < kept["textbook"] / 6
+
+
+def test_tokens_are_kept_once_and_in_the_towers_type():
+    kept = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tower, side, _ = memory_model(False, dtype)
+        clips = torch.randn(2, 4, 3, 96, 96)
+        kept.append(measure_memory(lambda: side(clips, tower.layer_tokens(clips)))[0])  # noqa: B023
+    saved = 2 * 4 * 4 * 145 * 192 * 2  # two bytes of every number
+    assert kept[0] - kept[1] == pytest.approx(saved, rel=0.02)
+
+
+def test_evaluation_holds_one_layer_of_tokens_at_a_time():
+    side = make_side("pre", torch.float32, **{**TINY, "num_layers": 5}).eval()
+    clips, tokens = make_inputs(torch.float32, {**TINY, "num_layers": 5}, (8, 12))
+    shape, held, refs = tokens[0].shape, [], []
+
+    def produce():
+        for _ in range(5):
+            made = torch.randn(shape)
+            refs.append(weakref.ref(made))
+            yield made
+            del made
+            held.append(sum(ref() is not None for ref in refs))
+
+    with torch.no_grad():
+        side(clips, produce())
+    assert held == [1] * 5  # the one just used, which the tower's next block reads too
+
+
+# ---------------------------------------------------------------- compiling
+
+
+def test_a_compiled_tower_gives_the_same_losses():
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        tower = FrozenTower("vit_tiny_patch16_224", 32, TOWER)
+        sizes = dict(backbone_width=32, side_width=64, num_layers=3, patch_size=8, num_patches=16)
+        model = Side4Video(tower, SideClassifier(make_side("pre", torch.float32, **sizes), 5)).train()
+        model.place(torch.device("cpu"), compile_backbone=compiled)
+        assert not any("_orig_mod" in name for name in model.state_dict())
+        optimizer = torch.optim.SGD(model.trained.parameters(), 0.05)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            logits = model(torch.randn(2 + step % 2, 4, 3, 32, 32, generator=generator))
+            loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-4)
+
+
+def test_without_a_compiler_there_is_one_clear_error(tmp_path):
+    program = (
+        "import torch\nfrom modules.side4video import check_compiler\nfrom utils.errors import run_program\n"
+        "run_program(lambda argv: check_compiler(torch.device('cpu')))"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
+    line = result.stderr.strip().splitlines()[-1]
+    assert result.returncode and line.startswith("error: solver.compile: torch.compile does not work here ("), line
+    assert "install a C++ compiler such as g++" in line and "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------- processes
+
+
+def shared_batches():
+    """Two batches of four clips, in float64."""
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        yield 3 * torch.randn(4, 3, 3, 16, 16, generator=generator, dtype=torch.float64) + 5
+
+
+def make_model(placement):
+    torch.manual_seed(0)
+    tower = FrozenTower("vit_tiny_patch16_224", 16, TOWER)
+    tower.convert(torch.float64)
+    sizes = dict(backbone_width=32, side_width=64, num_layers=3, patch_size=8, num_patches=4)
+    return Side4Video(tower, SideClassifier(make_side(placement, **sizes), 5).double()).train()
+
+
+def train_shared(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    init_distributed()
+    results = {}
+    for placement, recompute, sync_bn in itertools.product(("pre", "post"), (True, False), (True, False)):
+        model = make_model(placement)
+        model.trained.side.recompute = recompute
+        model.parallelize(sync_bn)
+        sent = []
+        for number, clips in enumerate(shared_batches()):
+            before, share = Traffic.reduced, clips[2 * rank : 2 * rank + 2]
+            with model.no_sync() if number == 0 else torch.enable_grad():
+                torch.nn.functional.cross_entropy(model(share), torch.arange(2 * rank, 2 * rank + 2)).backward()
+            sent.append(Traffic.reduced - before)
+        results[placement, recompute, sync_bn] = {
+            "sent": sent,
+            "grads": {name: p.grad for name, p in model.trained.named_parameters()},
+            "buffers": dict(model.trained.named_buffers()),
+        }
+    torch.save(results, Path(folder, f"rank{rank}.pt"))
+    close_distributed()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    port = str(29500 + (os.getpid() + 500) % 1000)
+    multiprocessing.spawn(train_shared, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_synced_statistics_make_two_processes_one_with_the_double_batch(two_processes, placement, recompute):
+    """Means far from zero, so that square sums in float32 would show; gradients are means over four clips."""
+    model = make_model(placement)
+    model.trained.side.recompute = recompute
+    for clips in shared_batches():
+        torch.nn.functional.cross_entropy(model(clips), torch.arange(4)).backward()
+    largest = max(p.grad.abs().max() for p in model.trained.parameters())
+    for rank in two_processes:
+        result = rank[placement, recompute, True]
+        for name, parameter in model.trained.named_parameters():
+            assert (result["grads"][name] - parameter.grad).abs().max() < 1e-9 * largest, name
+        for name, buffer in model.trained.named_buffers():
+            assert relative(result["buffers"][name].double(), buffer.double()) < 1e-9, name
+
+
+@pytest.mark.parametrize("sync_bn", [True, False])
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_recomputing_changes_nothing_on_two_processes(two_processes, placement, sync_bn):
+    for rank in two_processes:
+        a, b = (rank[placement, recompute, sync_bn] for recompute in (True, False))
+        assert a["sent"] == b["sent"]
+        largest = max(grad.abs().max() for grad in b["grads"].values())
+        for name, grad in b["grads"].items():
+            assert (a["grads"][name] - grad).abs().max() < 1e-9 * largest, name
+        assert all(a["buffers"][name].equal(buffer) for name, buffer in b["buffers"].items())
+
+
+def test_processes_differ_without_synced_statistics(two_processes):
+    a, b = (rank["pre", True, False]["buffers"]["side.stem_bn.running_mean"] for rank in two_processes)
+    assert not a.equal(b)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_only_gradients_of_trained_tensors_are_sent_and_none_while_accumulating(two_processes, placement):
+    model = make_model(placement)
+    gradients = sum(p.numel() * p.element_size() for p in model.trained.parameters())
+    assert all(rank[placement, True, False]["sent"] == [0, gradients] for rank in two_processes)
+    norms = [m.num_features for m in model.modules() if isinstance(m, TokenBatchNorm)]
+    statistics = sum(8 * (2 * width + 1) + 8 * 2 * width for width in norms)  # forward once, backward once
+    assert all(rank[placement, True, True]["sent"] == [statistics, gradients + statistics] for rank in two_processes)
