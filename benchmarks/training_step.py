@@ -1,9 +1,9 @@
 """Memory and time of a training step and of evaluation, against the textbook form of tests/textbook.py.
 
-    python -m benchmarks.training_step [--only ViT-B/16] [--clips 1 2] [--rounds 7]
+    python -m benchmarks.training_step [--arch ViT-B/16 ...] [--clips 1 2] [--rounds 7] [--eager]
 
 Both sides share one tower with seeded weights and one batch, in float32, and are run in turns in one process. Medians
-of seconds, medians of the ratios of each round. Writes benchmarks/results/training_step.txt.
+of seconds, medians of the ratios of each round. Writes benchmarks/results/training_step_<tower>.txt for each tower.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from modules.side_network import SideNetwork
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from textbook import textbook_of  # noqa: E402
 
-RESULTS = Path("benchmarks/results/training_step.txt")
+RESULTS = "benchmarks/results/training_step_{}.txt"
 FRAMES, SIZE, CROPS_AND_CLIPS = 8, 224, 3 * 4
 EVA_E = "EVA02-CLIP-bigE-14"
 SIDE_WIDTHS = {"ViT-B/32": 320, "ViT-B/16": 320, "ViT-L/14": 512, EVA_E: 576}
@@ -47,15 +47,18 @@ class Model(nn.Module):
 
     def step(self, clips: Tensor) -> None:
         self(clips).sum().backward()
+        self.side.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def views(self, clips: Tensor, times: int = 1) -> None:
+        self.side.eval()
         for _ in range(times):
             self(clips)
+        self.side.train()
 
 
-def build(arch: str) -> dict[str, Model]:
-    """The forms to compare, by name."""
+def build(arch: str, eager: bool) -> dict[str, Model]:
+    """The forms to compare, by name; only those that are not compiled if `eager`."""
     torch.manual_seed(0)
     architecture = ARCHITECTURES[arch]
     kwargs = {"depth": EVA_BLOCKS} if arch == EVA_E else {}
@@ -70,15 +73,16 @@ def build(arch: str) -> dict[str, Model]:
         norm_placement=architecture.side_variant,
     )
     side = SideNetwork(**sizes).train()
-    compiled = copy.deepcopy(tower)
-    compiled.compile_blocks()
-    return {
+    forms = {
         "textbook": Model(tower, textbook_of(side, **sizes)),
         "recompute": Model(tower, side, True),
-        "recompute, compiled": Model(compiled, side, True),
         "no recompute": Model(tower, side, False),
-        "no recompute, compiled": Model(compiled, side, False),
     }
+    if not eager:
+        compiled = copy.deepcopy(tower)
+        compiled.compile_blocks()
+        forms |= {f"{name}, compiled tower": Model(compiled, side, forms[name].recompute) for name in list(forms)[1:]}
+    return forms
 
 
 def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
@@ -105,28 +109,26 @@ def floor_bytes(tower: FrozenTower, side_width: int, num_clips: int) -> int:
     return frames * len(tower.layers) * per_layer
 
 
-def measure(arch: str, num_clips: int, rounds: int) -> list[str]:
+def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
     """The lines of one tower and batch size."""
-    models = build(arch)
+    models = build(arch, eager)
     clips = torch.randn(num_clips, FRAMES, 3, SIZE, SIZE)
-    lines = [
-        f"\n{arch}{f' ({EVA_BLOCKS} of 64 blocks)' if arch == EVA_E else ''}, {num_clips} clip(s) of {FRAMES} frames"
-    ]
+    cut = f" ({EVA_BLOCKS} of 64 blocks)" if arch == EVA_E else ""
+    lines = [f"\n{arch}{cut}, {num_clips} clip(s) of {FRAMES} frames"]
 
     textbook, ours = models["textbook"], models["recompute"]
-    width = SIDE_WIDTHS[arch]
-    kept = {name: measure_memory(lambda: model(clips))[0] for name, model in models.items()}  # noqa: B023
     half = Model(copy.deepcopy(ours.tower), ours.side, True)
     half.tower.convert(torch.bfloat16)
-    kept["recompute, tower in bfloat16"] = measure_memory(lambda model=half: model(clips))[0]
-    floors = [floor_bytes(model.tower, width, num_clips) for model in (ours, half)]
+    kept = {
+        name: measure_memory(lambda model=model: model(clips))[0]
+        for name, model in {**models, "recompute, tower in bfloat16": half}.items()
+    }
+    floors = [floor_bytes(model.tower, SIDE_WIDTHS[arch], num_clips) / num_clips / MIB for model in (ours, half)]
     lines.append("  kept for the backward pass, MiB a clip (of textbook)")
     lines += [f"    {name:30} {n / num_clips / MIB:8.1f}   1/{kept['textbook'] / n:.1f}" for name, n in kept.items()]
-    lines.append("    floor, float32 and bfloat16     {:.1f}, {:.1f}".format(*(n / num_clips / MIB for n in floors)))
+    lines.append("    floor: {:.1f}, with the tower in bfloat16 {:.1f}".format(*floors))
     del half
 
-    for model in models.values():
-        model.side.zero_grad()
     peaks = [measure_memory(lambda m=m: m.step(clips))[1] for m in (textbook, ours)]
     evaluation = measure_memory(lambda: ours.views(clips, CROPS_AND_CLIPS))[1]
     lines.append(
@@ -144,15 +146,14 @@ def measure(arch: str, num_clips: int, rounds: int) -> list[str]:
     lines.append("  seconds a step, ratio to textbook")
     lines += [f"    {name:30} {seconds:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in steps.items()]
 
-    runs = {
-        name: models[key]
-        for name, key in (("textbook", "textbook"), ("ours", "recompute"), ("ours, compiled", "recompute, compiled"))
-    }
-    for name in runs:
-        runs[name].eval()
-    views = time_in_turns({name: lambda m=m: m.views(clips) for name, m in runs.items()}, rounds)
+    views = time_in_turns(
+        {name: lambda m=m: m.views(clips) for name, m in models.items() if not name.startswith("no ")}, rounds
+    )
     lines.append("  seconds a view in evaluation, ratio to textbook")
-    lines += [f"    {name:30} {seconds / num_clips:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in views.items()]
+    lines += [
+        f"    {name.replace('recompute', 'ours'):30} {seconds / num_clips:8.3f}   {ratio:.2f}"
+        for name, (seconds, ratio) in views.items()
+    ]
 
     lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
     return lines
@@ -162,7 +163,6 @@ def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) 
     """Time of the products that each form runs, as operators one by one: what is left if all else cost nothing."""
     parts = []
     for name in ("recompute", "no recompute"):
-        models[name].train()
         seconds = []
         for _ in range(3):
             with OperatorCount() as count:
@@ -172,7 +172,7 @@ def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) 
     seconds = []
     for _ in range(3):
         with OperatorCount() as count:
-            models["recompute"].eval().views(clips)
+            models["recompute"].views(clips)
         seconds.append(count.product_seconds)
     parts.append(f"evaluation {statistics.median(seconds) / views['textbook'][0]:.2f}")
     return ", ".join(parts)
@@ -180,19 +180,22 @@ def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SIDE_WIDTHS, help="one tower; the results file is not written")
+    parser.add_argument("--arch", nargs="+", choices=SIDE_WIDTHS, default=list(SIDE_WIDTHS), help="towers")
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 2], help="batch sizes")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--eager", action="store_true", help="leave out the forms with a compiled tower")
     args = parser.parse_args()
-    lines = [describe_machine(), f"{torch.get_num_threads()} threads, float32, {args.rounds} rounds in turns, medians"]
-    for arch in [args.only] if args.only else SIDE_WIDTHS:
+    for arch in args.arch:
+        lines = [
+            describe_machine(),
+            f"{torch.get_num_threads()} threads, float32, {args.rounds} rounds in turns, medians",
+        ]
         for num_clips in args.clips:
-            lines += measure(arch, num_clips, args.rounds)
+            lines += measure(arch, num_clips, args.rounds, args.eager)
             torch.compiler.reset()
-    text = "\n".join(lines) + "\n"
-    sys.stdout.write(text)
-    if not args.only:
-        RESULTS.write_text(text, encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        sys.stdout.write(text)
+        Path(RESULTS.format(arch.replace("/", "-"))).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

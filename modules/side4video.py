@@ -1,5 +1,6 @@
 """Side4Video: a frozen tower, the side network beside it, and a linear head."""
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -84,7 +85,9 @@ class Side4Video(nn.Module):
                 module.synced = sync_bn
         device = next(self.trained.parameters()).device
         device_ids = [device.index] if device.type == "cuda" else None
-        replica = DistributedDataParallel(self.trained, device_ids=device_ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the argument's newer name, which torch 2.6 has not
+            replica = DistributedDataParallel(self.trained, device_ids=device_ids, broadcast_buffers=False)
         replica.register_comm_hook(None, average_bucket)
         self._replicas = [replica]
 
