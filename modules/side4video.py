@@ -107,7 +107,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device))
     except Exception as error:  # torch wraps what compilers and linkers say in many kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
         raise ConfigError(
             f"solver.compile: torch.compile does not work here ({reason}); install a C++ compiler such as g++ (CXX "
             "names another), or set solver.compile=False"
