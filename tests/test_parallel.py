@@ -1,0 +1,48 @@
+"""Work in several processes: in order, in bounded memory, with the processes that die named."""
+
+import os
+
+import pytest
+
+from utils.errors import DataError
+from utils.parallel import parallel_map
+
+
+def work(item: int) -> int:
+    if item == 5:
+        os._exit(3)  # as a crash in a decoder
+    return item * item
+
+
+def refuse(item: int) -> int:
+    if item == 3:
+        raise DataError("list.txt:3: no")
+    return item
+
+
+def test_an_item_that_kills_its_process_is_named_and_no_other_lost():
+    wanted = [(item, -1 if item == 5 else item * item) for item in range(40)]
+    assert list(parallel_map(work, range(40), 2, died=lambda item: -1)) == wanted
+
+
+def test_results_come_in_order_and_few_items_are_taken_ahead():
+    taken = []
+
+    def items():
+        for item in range(10**6, 10**6 + 10**9):
+            taken.append(item)
+            yield item
+
+    results = parallel_map(work, items(), 1, died=lambda item: -1)
+    for number in range(20):
+        item, _ = next(results)
+        assert item == 10**6 + number and len(taken) < number + 20
+    results.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_reaches_the_caller(workers):
+    results = parallel_map(refuse, range(10), workers, died=lambda item: -1)
+    assert [next(results) for _ in range(3)] == [(0, 0), (1, 1), (2, 2)]
+    with pytest.raises(DataError, match="list.txt:3: no"):
+        next(results)
