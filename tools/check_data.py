@@ -41,6 +41,7 @@ from datasets.annotations import (
     parse_line,
     read_class_names,
 )
+from datasets.flips import flip_pairs, mirror_words
 from datasets.frame_files import frame_pattern
 from datasets.readers import VideoFileReader
 from datasets.sampling import protocol_of
@@ -240,9 +241,6 @@ def check_classes(config_path: str, data: DotMap) -> tuple[list[str] | None, lis
             return None, [Finding("error", "names", *error.line.split(": ", 1))]
     if not data.flip:
         return names, findings
-    # Here, since it takes seconds to import torch, which no process that reads files needs.
-    from datasets.transforms import flip_pairs, mirror_words
-
     protocol = data.protocol or protocol_of(data.dataset)
     try:
         pairs = flip_pairs(protocol, data.num_classes, names)
@@ -276,10 +274,8 @@ def check_labels(each: AnnotationList, num_classes: int, names: list[str] | None
     for record in each.records:
         label = label_of.get(folder_name(record.path.split("/", 1)[0]), record.label)
         if label != record.label != UNLABELLED:
-            message = (
-                f"{record.path}: label {record.label} is {names[record.label]!r}, but the folder is called like {label}"
-            )
-            each.add("warning", "folder", record, message)
+            message = f"label {record.label} is {names[record.label]!r}, but the folder is named like label {label}"
+            each.add("warning", "folder", record, f"{record.path}: {message}")
     if set(videos) <= {UNLABELLED}:
         return
     severity = "error" if each.part == "train" else "warning"
