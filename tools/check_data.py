@@ -430,14 +430,13 @@ def check_video_file(task: Task, decoder: str) -> VideoReport:
     if num_frames == 0:
         add("error", "unreadable", "no frame can be decoded")
         return report
-    if decoder != "pyav":  # what PyAV reads, the decoder of the configuration may still refuse
-        try:
-            video = VideoFileReader(task.root, decoder).open(record)
-            if video.num_frames != num_frames:
-                add("error", "unreadable", f"{decoder} finds {video.num_frames} frames, PyAV {num_frames}")
-            video.read([video.num_frames - 1])
-        except UserError as error:
-            add("error", "unreadable", error.line.removeprefix(f"{path}: "))
+    try:  # in the way that training reads it
+        video = VideoFileReader(task.root, decoder).open(record)
+        if video.num_frames != num_frames:
+            add("error", "unreadable", f"{decoder} counts {video.num_frames} frames, but {num_frames} can be decoded")
+        video.read([video.num_frames - 1])
+    except UserError as error:
+        add("error", "unreadable", error.line.removeprefix(f"{path}: "))
     if corrupt:
         add("warning", "damaged", f"{corrupt} of {num_frames} frames are damaged, says the decoder")
     if stated is not None and num_frames > 1:
