@@ -1,6 +1,7 @@
 """Work in several processes: in order, in bounded memory, with the processes that die named."""
 
 import os
+import signal
 
 import pytest
 
@@ -18,6 +19,15 @@ def refuse(item: int) -> int:
     if item == 3:
         raise DataError("list.txt:3: no")
     return item
+
+
+def interrupt(item: int) -> int:
+    os.kill(os.getpid(), signal.SIGINT)
+    return item
+
+
+def test_an_interruption_is_left_to_the_parent():
+    assert list(parallel_map(interrupt, range(3), 1, died=lambda item: -1)) == [(0, 0), (1, 1), (2, 2)]
 
 
 def test_an_item_that_kills_its_process_is_named_and_no_other_lost():

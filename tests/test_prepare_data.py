@@ -360,12 +360,16 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while len(list(out.glob("v*"))) < 4 or not (out / ".v2.unfinished").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
     _, errors = process.communicate(timeout=60)  # returns when the last of its processes has closed the pipes
     assert process.returncode == (1 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
