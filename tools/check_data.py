@@ -7,9 +7,9 @@ few; FILE of --json holds all. The exit status is 1 if there are errors, 0 if th
 writes the lists without the lines that have errors, each under its own name into DIR, for you to look at and use.
 
 An error would stop training, falsify a result or lose a class: lines that cannot be read, a path listed twice or in
-both lists, frames and videos that are missing, empty, cut off or cannot be decoded, a class without training videos. A
-warning may be meant: files that the list does not count, frames of several sizes in a video, the same content under two
-names, class names that a flip does not expect.
+both lists, frames and videos that are missing, empty or cannot be decoded to their end, a class without training
+videos. A warning may be meant: frames that the list does not count, a video that ends before its file says, frames of
+several sizes in a video, the same content under two names, class names in another order than a flip expects.
 
 Every image and every video is decoded to its end. A JPEG decoder does not notice damage that keeps the structure of the
 file, nor do some video codecs.
@@ -174,29 +174,35 @@ def check(config_path: str, data: DotMap, lists: list[AnnotationList], workers: 
 
 
 def read_list(each: AnnotationList, data: DotMap) -> None:
-    """Every line is parsed by itself, so that a bad one hides none."""
-    first = None
+    """Every line is parsed by itself, so that a bad one hides none. One line with a label shows that all need one."""
+
+    def add(severity: str, kind: str, place: str, message: str) -> None:
+        each.findings.append(Finding(severity, kind, place, message.removeprefix(f"{place}: ")))
+
+    parsed = []
     try:
         for source, line in numbered_lines(each.path):
             if not line:
                 continue
             each.lines += 1
             try:
-                record = parse_line(source, line, data.num_classes, data.modality)
-                first = first or record
-                check_labelled(record, first, unlabelled=each.part == "val")
-                each.records.append(record)
+                parsed.append(parse_line(source, line, data.num_classes, data.modality))
             except DataError as error:
-                message = error.line.removeprefix(f"{source}: ")
-                each.findings.append(Finding("error", "line", source, message))
+                add("error", "line", source, error.line)
     except DataError as error:
-        each.findings.append(Finding("error", "list", each.path, error.line.removeprefix(f"{each.path}: ")))
+        add("error", "list", each.path, error.line)
         return
     if not each.lines:
-        each.findings.append(Finding("error", "list", each.path, "the list is empty"))
-    if first is not None and first.label == UNLABELLED and each.part == "val":
-        message = "no line has a label: only test.py reads such a list, with --save_scores"
-        each.findings.append(Finding("warning", "list", each.path, message))
+        add("error", "list", each.path, "the list is empty")
+    unlabelled = each.part == "val" and all(record.label == UNLABELLED for record in parsed)
+    if unlabelled and parsed:
+        add("warning", "list", each.path, "no line has a label: only test.py reads such a list, with --save_scores")
+    for record in parsed:
+        try:
+            check_labelled(record, record, unlabelled)
+            each.records.append(record)
+        except DataError as error:
+            add("error", "line", record.source, error.line)
 
 
 def refuse_shared_paths(lists: list[AnnotationList]) -> None:
