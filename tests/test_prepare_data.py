@@ -550,6 +550,21 @@ def test_a_share_of_each_class_is_held_out_the_same_every_time(touch, tmp_path):
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+def test_lists_of_one_folder_share_their_classes(touch, tmp_path):
+    """Lists written one after the other, of which the second lacks a class, would number the classes differently."""
+    root = touch("videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None})
+    header = "label,youtube_id,time_start,time_end\n"
+    train = write(tmp_path / "train.csv", f"{header}a,1,0,10\nb,2,0,10\n")
+    val = write(tmp_path / "val.csv", f"{header}b,2,0,10\n")
+    options = ["kinetics", root, tmp_path / "out", "--modality", "video"]
+    make_list(*options, "--train", train)
+    with pytest.raises(DataError, match="out/classes.csv: is there and does not number these 1 classes alike"):
+        make_list(*options, "--val", val)
+    assert not (tmp_path / "out" / "val_videos.txt").exists()
+    make_list(*options, "--train", train, "--val", val)
+    assert read_lists(tmp_path / "out", "video")[0]["val"] == [("b/2_000000_000010.mp4", None, "b")]
+
+
 def test_missing_videos_stop_the_lists_unless_they_may_be_left_out(touch, tmp_path, capsys):
     root = touch("videos", **{"7.webm": None})
     labels = write(tmp_path / "labels.csv", "Holding something\n")
