@@ -97,7 +97,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     first_epoch, best = config.solver.start_epoch, -1.0
     if config.resume:
         first_epoch, best = resume(start, optimizer, scaler, config)
-    throughput = Throughput(config, device)
+    throughput = Throughput(config, device, train_loader.dataset)
     for epoch in range(first_epoch, config.solver.epochs):
         seed_everything(config.seed, epoch, get_rank())
         train_loader.sampler.set_epoch(epoch)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from datasets import motion_demo
+from utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "custom_data.md").read_text(encoding="utf-8")
@@ -76,6 +77,17 @@ def followed(tmp_path_factory):
             (root / what).parent.mkdir(exist_ok=True)
             (root / what).write_text(text)
     return root, printed
+
+
+def test_the_real_tower_of_the_page_goes_by_the_recipe_that_the_project_ships(followed):
+    root, _ = followed
+    ours, shipped = (
+        load_config(path, purpose="model")
+        for path in (root / "configs/mine_vitb16.yaml", REPOSITORY / "configs/k400/vitb16.yaml")
+    )
+    assert ours.network == shipped.network and ours.solver == shipped.solver
+    assert (ours.data.num_segments, ours.data.batch_size) == (shipped.data.num_segments, shipped.data.batch_size)
+    assert (ours.data.resize, ours.data.input_size) == (None, 224)
 
 
 def lines(path):

@@ -3,19 +3,25 @@
 import logging
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from dotmap import DotMap
 
+import train as train_program
+from datasets.annotations import read_annotations
+from datasets.readers import FrameFolderReader
+from datasets.video_dataset import VideoDataset
 from modules import build_model
 from utils import throughput as module
 from utils.config import load_config
 from utils.config_schema import FIELDS
 from utils.engine import train_one_epoch
 from utils.optim import build_optimizer
+from utils.parallel import usable_cores
 from utils.precision import resolve_precision
-from utils.throughput import STEPS, DeviceClock, HostClock, Throughput, advice, available_cores
+from utils.throughput import STEPS, DeviceClock, HostClock, Throughput, advice, first_frame_size
 
 CPU = torch.device("cpu")
 
@@ -61,7 +67,7 @@ def at_info_level(caplog):
 
 def test_the_shares_are_logged_once_after_50_steps_without_what_lies_between_them(caplog):
     clock = TurnedClock()
-    throughput = Throughput(make_config(), CPU, clock)
+    throughput = Throughput(make_config(), CPU, clock=clock)
     run(throughput, clock, 49, waiting=0.05, copying=0.01, computing=0.94, between=100)
     assert lines_of(caplog) == []
     run(throughput, clock, 151, waiting=0.05, copying=0.01, computing=0.94, between=100)
@@ -73,7 +79,7 @@ def test_the_shares_are_logged_once_after_50_steps_without_what_lies_between_the
 @pytest.mark.parametrize(("workers", "prefetch", "left_out"), [(0, 2, 1), (1, 1, 1), (4, 2, 8), (16, 4, 25)])
 def test_the_first_step_and_the_stock_of_the_workers_do_not_count(caplog, workers, prefetch, left_out):
     clock = TurnedClock()
-    throughput = Throughput(make_config(workers=workers, prefetch=prefetch), CPU, clock)
+    throughput = Throughput(make_config(workers=workers, prefetch=prefetch), CPU, clock=clock)
     run(throughput, clock, left_out, waiting=0, computing=100)
     run(throughput, clock, STEPS - left_out, waiting=3, computing=1)
     assert lines_of(caplog)[0].startswith(f"throughput: steps {left_out + 1} to 50: 75.0 % of the time waiting")
@@ -82,11 +88,11 @@ def test_the_first_step_and_the_stock_of_the_workers_do_not_count(caplog, worker
 @pytest.mark.parametrize(("waiting", "advised"), [(9, False), (10, False), (11, True), (90, True)])
 def test_advice_comes_above_10_per_cent_of_waiting(caplog, waiting, advised):
     clock = TurnedClock()
-    run(Throughput(make_config(), CPU, clock), clock, STEPS, waiting=waiting, computing=100 - waiting)
+    run(Throughput(make_config(), CPU, clock=clock), clock, STEPS, waiting=waiting, computing=100 - waiting)
     report, *rest = lines_of(caplog)
     assert f": {waiting}.0 % of the time waiting" in report
     assert bool(rest) == advised and (not rest or "what to change" in rest[0])
-    given = advice(make_config(), waiting / 100, available_cores(), 1)
+    given = advice(make_config(), waiting / 100, usable_cores(), 1)
     assert rest[1:] == ([f"throughput: - {line}" for line in given] if advised else [])
 
 
@@ -95,7 +101,7 @@ def test_of_several_processes_the_one_that_waited_longest_is_reported(caplog, mo
     monkeypatch.setattr(module, "get_world_size", lambda: 3)
     monkeypatch.setattr(module, "get_local_world_size", lambda: 3)
     clock = TurnedClock()
-    run(Throughput(make_config(), CPU, clock), clock, STEPS, waiting=0.01)
+    run(Throughput(make_config(), CPU, clock=clock), clock, STEPS, waiting=0.01)
     report, _, first, *_ = lines_of(caplog)
     assert "50.0 % of the time waiting for data, 10.0 % copying it, 40.0 % computing (process 1, which" in report
     assert "3 process(es)" in first
@@ -103,7 +109,7 @@ def test_of_several_processes_the_one_that_waited_longest_is_reported(caplog, mo
 
 def test_the_mean_wait_is_that_since_it_was_last_asked_for():
     clock = TurnedClock()
-    throughput = Throughput(make_config(), CPU, clock)
+    throughput = Throughput(make_config(), CPU, clock=clock)
     run(throughput, clock, 2, waiting=1)
     run(throughput, clock, 2, waiting=3)
     assert throughput.waited() == 2
@@ -133,7 +139,7 @@ def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epoch
 
     model.trained.register_forward_hook(work)
     optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
-    throughput = Throughput(config, CPU, clock)
+    throughput = Throughput(config, CPU, clock=clock)
     for epoch in range(3):
         assert lines_of(caplog) == []
         train_one_epoch(model, loader, optimizer, scaler, precision, epoch, config, throughput)
@@ -141,9 +147,26 @@ def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epoch
     waiting, computing = 49 * 2 + 2 * 4, 49 * 6
     share = 100 * waiting / (waiting + computing)
     assert f"steps 2 to 50: {share:.1f} % of the time waiting for data, 0.0 % copying it" in lines_of(caplog)[0]
-    assert len(lines_of(caplog)) == 2 + len(advice(config, share / 100, available_cores(), 1))
+    assert len(lines_of(caplog)) == 2 + len(advice(config, share / 100, usable_cores(), 1))
     printed = [record.getMessage() for record in caplog.records if record.name == "utils.engine"]
     assert len(printed) == 3 and all("of which 2.200 s waiting for data" in line for line in printed)
+
+
+def test_a_training_of_short_epochs_logs_its_shares_once(config, tmp_path):
+    overrides = ["solver.epochs=14", "logging.eval_freq=14", "data.workers=1"]  # 4 steps each
+    train_program.main(["--config", config, "--output", str(tmp_path / "run"), *overrides])
+    found = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "throughput: steps " in line]
+    assert len(found) == 1 and "throughput: steps 3 to 50: " in found[0]
+
+
+@pytest.mark.parametrize("size", [(53, 38), (38, 53)])
+def test_the_frame_size_is_that_of_the_first_video_and_unknown_if_it_is_broken(make_frame_folders, size):
+    root, list_path = make_frame_folders([1, 1], size)
+    records, reader = read_annotations(list_path, 4), FrameFolderReader(root, "img_{:05d}.jpg")
+    dataset = VideoDataset(records=records, class_names=None, reader=reader, protocol="kinetics", num_segments=1)
+    assert first_frame_size(dataset) == size
+    Path(root, records[0].path, "img_00001.jpg").write_bytes(b"no picture")
+    assert first_frame_size(dataset) is None
 
 
 def test_the_devices_clock_waits_only_when_seconds_are_asked_for(monkeypatch):
@@ -183,8 +206,8 @@ def test_the_devices_clock_waits_only_when_seconds_are_asked_for(monkeypatch):
         (0, 0.75, 8, 1, "data.workers=3 instead of 0 should keep up"),
         (0, 0.2, 2, 1, "data.workers=1 instead of 0 should keep up"),
         (4, 0.8, 64, 4, "data.workers=15 instead of 4: as many as 64 CPU cores for 4 process(es) on this machine"),
-        (15, 0.5, 64, 4, "data.workers is 15, and more do not help with 64 CPU cores for 4 process(es)"),
-        (4, 0.5, 2, 4, "data.workers is 4, and more do not help with 2 CPU cores for 4 process(es)"),
+        (15, 0.5, 64, 4, "data.workers is 15, and 64 CPU cores for 4 process(es) on this machine leave room for 15: "),
+        (4, 0.5, 2, 4, "data.workers is 4, and 2 CPU cores for 4 process(es) on this machine leave room for 1: more"),
     ],
 )
 def test_workers_follow_from_the_wait_the_cores_and_the_processes(workers, waiting, cores, processes, expected):
@@ -192,13 +215,16 @@ def test_workers_follow_from_the_wait_the_cores_and_the_processes(workers, waiti
 
 
 def test_each_setting_that_costs_time_has_its_line_and_others_have_none():
-    def text(**data):
-        return "\n".join(advice(make_config(**data), 0.5, 64, 4))
+    def text(frame=None, **data):
+        return "\n".join(advice(make_config(**data), 0.5, 64, 4, frame))
 
-    assert "tools/prepare_data.py extract" in text(modality="video") and "data.modality=RGB" not in text()
-    assert "shorter side above 256 pixels" in text() and "shorter side above 300 pixels" in text(resize=300)
-    assert "shorter side of 336 pixels" in text(modality="video", input_size=336)
-    assert "shorter side above 250 pixels" in text(resize=[250, 400])
+    assert "tools/prepare_data.py extract writes frames once, best with --short_side 256" in text(modality="video")
+    assert "best with --short_side 336" in text((1280, 720), modality="video", input_size=336)
+    assert "data.modality" not in text() + text((1280, 720))
+    wide = text((1280, 720))
+    assert "frames of 1280 x 720 pixels are decoded only to become 455 x 256" in wide and "side of 256 pixels" in wide
+    assert "become 400 x 250: extract them with a shorter side of 250" in text((1280, 720), resize=[250, 400])
+    assert "pixels" not in text((340, 256)) + text((256, 340)) + text((427, 240), dataset="something") + text()
     assert "data.rand_aug=False" in text(rand_aug=True) and "rand_aug" not in text()
     assert "data.num_sample=2 with data.batch_size=8" in text() and "num_sample" not in text(num_sample=2)
     more = 4 * 2 * 16 * 8 * 3 * 224**2 / 1e6  # workers, batches, clips, frames
@@ -208,8 +234,8 @@ def test_each_setting_that_costs_time_has_its_line_and_others_have_none():
 
 @pytest.mark.parametrize("modality", ["RGB", "video"])
 def test_the_advice_names_keys_that_there_are_and_values_that_they_take(modality):
-    lines = advice(make_config(modality=modality, rand_aug=True), 0.5, 64, 4)
+    lines = advice(make_config(modality=modality, rand_aug=True), 0.5, 64, 4, (1280, 720))
     named = [key for line in lines for key in re.findall(r"\b(?:data|network|solver|test|logging)\.\w+", line)]
-    assert len(set(named)) >= 5 and set(named) <= FIELDS.keys()
+    assert len(set(named)) >= (6 if modality == "video" else 5) and set(named) <= FIELDS.keys()
     for key, value in re.findall(r"(\w+\.\w+)=(\w+)", "\n".join(lines)):
         FIELDS[key].read({"False": False}.get(value, int(value) if value.isdigit() else value))

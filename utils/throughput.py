@@ -2,16 +2,19 @@
 
 import logging
 import math
-import os
 import time
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from datasets.sampling import protocol_of
 from datasets.transforms import resize_size
+from datasets.video_dataset import VideoDataset
 from utils.distributed import gather, get_local_world_size, get_rank, get_world_size
+from utils.errors import DataError
+from utils.parallel import usable_cores
 
 STEPS = 50  # after so many the shares are logged
 TOLERATED = 0.1  # share of the time that may be spent waiting for data before advice is given
@@ -64,8 +67,10 @@ class Throughput:
     first, and those whose batches the workers had ready by then, but at most half.
     """
 
-    def __init__(self, config: Any, device: torch.device, clock: Clock | None = None):
-        self._config = config
+    def __init__(
+        self, config: Any, device: torch.device, dataset: VideoDataset | None = None, clock: Clock | None = None
+    ):
+        self._config, self._dataset = config, dataset
         self._clock = clock or (DeviceClock() if device.type == "cuda" else HostClock())
         self._marks: list[list[Any]] = []  # of steps whose seconds were not asked for yet
         self._stretch: list[float] = []  # seconds waited in each step since the last `waited()`
@@ -112,23 +117,30 @@ class Throughput:
             *(left_out + 1, STEPS, 100 * waiting, 100 * copying, 100 * computing),
             f" (process {rank}, which waited longest)" if get_world_size() > 1 else "",
         )
-        if waiting > TOLERATED:
+        if waiting > TOLERATED and get_rank() == 0:
             log.info("throughput: the loader holds training up; what to change, the first things first:")
-            for line in advice(self._config, waiting, available_cores(), get_local_world_size()):
+            frame = first_frame_size(self._dataset) if self._dataset else None
+            for line in advice(self._config, waiting, usable_cores(), get_local_world_size(), frame):
                 log.info("throughput: - %s", line)
 
 
-def available_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def first_frame_size(dataset: VideoDataset) -> tuple[int, int] | None:
+    """(width, height) of the first frame of the first video; None if it cannot be read."""
+    try:
+        (frame,) = dataset.reader.open(dataset.records[0]).read([0])
+    except DataError:
+        return None
+    height, width, _ = np.shape(frame)
+    return width, height
 
 
-def advice(config: Any, waiting: float, cores: int, processes: int) -> list[str]:
+def advice(config: Any, waiting: float, cores: int, processes: int, frame: tuple[int, int] | None = None) -> list[str]:
     """What to change when a step waits for data for a share `waiting` of its time, below 1.
 
     Args:
         cores: CPU cores of the machine.
         processes: training processes that share them.
+        frame: width and height of the frames that the data set holds, if known.
     """
     data = config.data
     share = cores // processes
@@ -138,7 +150,8 @@ def advice(config: Any, waiting: float, cores: int, processes: int) -> list[str]
     place = f"{cores} CPU cores for {processes} process(es) on this machine"
     if data.workers >= room:
         lines = [
-            f"data.workers is {data.workers}, and more do not help with {place}: more cores, or less work for each"
+            f"data.workers is {data.workers}, and {place} leave room for {room}: more help only against a slow disk, "
+            "and else more cores, or less work for each"
         ]
     elif enough <= room:
         lines = [f"data.workers={enough} instead of {data.workers} should keep up; {place} leave room for {room}"]
@@ -147,17 +160,16 @@ def advice(config: Any, waiting: float, cores: int, processes: int) -> list[str]
             f"data.workers={room} instead of {data.workers}: as many as {place} leave room for; "
             f"about {enough} would keep up, so each must have less work too"
         ]
-    protocol = data.protocol or protocol_of(data.dataset)
-    shorter = min(resize_size(1, 1, protocol, data.input_size, data.resize))
+    wanted = resize_size(*(frame or (1, 1)), data.protocol or protocol_of(data.dataset), data.input_size, data.resize)
     if data.modality == "video":
         lines.append(
             "data.modality=RGB: video files are decoded in every epoch anew, with frames between those that are used; "
-            f"tools/prepare_data.py extract writes frames once, best with a shorter side of {shorter} pixels"
+            f"tools/prepare_data.py extract writes frames once, best with --short_side {min(wanted)}"
         )
-    else:
+    elif frame and min(frame) > min(wanted):
         lines.append(
-            f"frames with a shorter side above {shorter} pixels cost time and are then made smaller: extract them with "
-            "that one, and keep them on a local disk"
+            f"frames of {frame[0]} x {frame[1]} pixels are decoded only to become {wanted[0]} x {wanted[1]}: extract "
+            f"them with a shorter side of {min(wanted)} pixels"
         )
     if data.workers:
         clip = data.num_segments * 3 * data.input_size**2
