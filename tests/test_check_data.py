@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 from test_prepare_data import write_video
+from test_video_readers import write as write_packets
 
 from datasets.annotations import read_annotations
 from tools.check_data import PRINTED, main
@@ -170,6 +171,13 @@ def test_a_list_without_labels_is_a_warning_in_validation(frames):
     _, findings, _ = frames.check()
     places = {finding["place"].rpartition("/")[2] for finding in findings if finding["kind"] == "line"}
     assert places == {"val.txt:1", "val.txt:2", "val.txt:4"}
+
+
+def test_a_training_list_without_labels_is_an_error_of_every_line(frames):
+    frames.lines["train"] = [line[:-1] + "-1" for line in frames.lines["train"]]
+    _, findings, _ = frames.check()
+    assert [finding["place"].rpartition(":")[2] for finding in findings] == [str(line) for line in range(1, 9)]
+    assert {finding["kind"] for finding in findings} == {"line"}
 
 
 @pytest.mark.parametrize(
@@ -368,6 +376,25 @@ def test_a_video_that_only_another_decoder_reads(videos):
     videos.lines["train"][0] = "train 0.ts 0"
     assert "decord" in videos.only_finding("train", 1, "error", "unreadable", "data.decoder=decord")
     assert videos.check("data.decoder=pyav")[:2] == (0, [])
+
+
+def test_a_video_whose_end_only_the_reader_misses(videos):
+    """Packets without a picture: PyAV decodes what there is, and decord finds fewer frames than it counts."""
+    write_packets(videos.media / "train 0.mp4", 20, "mpeg4", empty=200)
+    _, findings, _ = videos.check("data.decoder=decord")
+    assert {Path(finding["place"]).name for finding in findings} == {"train.txt:1"}
+    messages = [finding["message"] for finding in findings]
+    assert "decord counts 220 frames, but 2" in messages[0] and "decord cannot read it" in messages[1]
+
+
+def test_frames_that_the_decoder_calls_damaged_are_a_warning(videos):
+    path = videos.media / "train 0.ts"
+    write_video(path, count=20, size=(192, 128))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    videos.lines["train"][0] = "train 0.ts 0"
+    _, findings, _ = videos.check("data.decoder=pyav")
+    messages = [finding["message"] for finding in findings if finding["severity"] == "warning"]
+    assert len(messages) == 1 and "frames are damaged, says the decoder" in messages[0]
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mkv"])

@@ -1,7 +1,12 @@
 """Work in several processes: in order, in bounded memory, with the processes that die named."""
 
+import functools
 import os
 import signal
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +26,16 @@ def refuse(item: int) -> int:
     return item
 
 
+def note(item: int, folder: Path) -> int:
+    """Leaves a file for each time; the first item ends its process after four others were begun."""
+    while item == 0 and len(list(folder.iterdir())) < 4:
+        time.sleep(0.01)
+    if item == 0:
+        os._exit(3)
+    tempfile.mkstemp(prefix=f"{item}.", dir=folder)
+    return item
+
+
 def interrupt(item: int) -> int:
     os.kill(os.getpid(), signal.SIGINT)
     return item
@@ -33,6 +48,13 @@ def test_an_interruption_is_left_to_the_parent():
 def test_an_item_that_kills_its_process_is_named_and_no_other_lost():
     wanted = [(item, -1 if item == 5 else item * item) for item in range(40)]
     assert list(parallel_map(work, range(40), 2, died=lambda item: -1)) == wanted
+
+
+def test_what_was_answered_before_a_process_ended_is_not_done_again(tmp_path):
+    results = parallel_map(functools.partial(note, folder=tmp_path), range(12), 2, died=lambda item: -1)
+    assert list(results) == [(item, item or -1) for item in range(12)]
+    times = Counter(int(path.name.split(".")[0]) for path in tmp_path.iterdir())
+    assert set(times) == set(range(1, 12)) and [times[item] for item in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_results_come_in_order_and_few_items_are_taken_ahead():

@@ -261,6 +261,16 @@ def test_what_a_killed_process_leaves_does_not_look_finished(videos, tmp_path, c
     assert contents(out) == whole
 
 
+def test_a_video_that_is_done_is_left_alone(videos, tmp_path):
+    """A process may end between its last step and its answer, and then the video is handed out again."""
+    job = prepare_data.Job(videos / "a" / "one.mp4", tmp_path / "one")
+    settings = prepare_data.Extraction(str(videos), 256, 90, "img_{:05d}.jpg")
+    assert prepare_data.extract_video(job, settings) is None
+    first = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
+    assert prepare_data.extract_video(job, settings) is None
+    assert {path: path.stat().st_mtime_ns for path in job.folder.iterdir()} == first
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half(videos, tmp_path, monkeypatch):
     save, saved = Image.Image.save, []
 

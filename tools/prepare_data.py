@@ -233,6 +233,8 @@ def claim(out: Path, settings: Extraction) -> None:
 
 def extract_video(job: Job, settings: Extraction) -> str | None:
     """Why the video could not be extracted, or None; DataError if the folder cannot be written."""
+    if job.folder.is_dir():  # done already, by a process whose answer was lost as another died
+        return None
     partial_folder = unfinished(job.folder)
     number = 0
     try:
