@@ -319,6 +319,25 @@ def test_a_truncated_image(frames, share):
     assert "img_00001.jpg and 1 more unreadable (" in message
 
 
+def test_damage_inside_an_image_that_pillow_decodes_is_a_warning(frames):
+    path = frames.media / "train 7" / "img_00003.jpg"
+    content = bytearray(path.read_bytes())
+    content[-40:-2] = b"\x55" * 20 + b"\xff\xd0" + b"\x55" * 16  # a restart marker where none belongs
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        image.load()
+    assert "img_00003.jpg damaged, but decoded (" in frames.only_finding("train", 8, "warning", "damaged")
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_images_of_other_colours_are_no_finding(frames, mode):
+    for number in range(1, FRAMES + 1):
+        path = frames.media / "train 7" / f"img_{number:05d}.jpg"
+        with Image.open(path) as image:
+            image.convert(mode).save(path)
+    assert frames.check()[:2] == (0, [])
+
+
 def test_frames_that_nothing_refers_to_need_not_be_readable(frames):
     (frames.media / "train 7" / "img_00005.jpg").write_bytes(b"junk")
     frames.only_finding("train", 8, "warning", "count")

@@ -11,8 +11,8 @@ both lists, frames and videos that are missing, empty or cannot be decoded to th
 videos. A warning may be meant: frames that the list does not count, a video that ends before its file says, frames of
 several sizes in a video, the same content under two names, class names in another order than a flip expects.
 
-Every image and every video is decoded to its end. A JPEG decoder does not notice damage that keeps the structure of the
-file, nor do some video codecs.
+Every image and every video is decoded to its end. Some damage that keeps the structure of a file is noticed by no
+decoder.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import av
+import simplejpeg
 from dotmap import DotMap
 from PIL import Image
 from tqdm import tqdm
@@ -52,6 +53,7 @@ from utils.parallel import parallel_map, usable_cores
 
 PRINTED = 20  # findings of one kind in one list
 CHUNK = 1 << 20
+JPEG_START = b"\xff\xd8"
 WHOLE_SHARE = 0.9  # of the stated length; the last frame may be shown longer, or a sound last longer than the picture
 PARTS = {"train": "training", "val": "validation"}
 
@@ -370,18 +372,25 @@ def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frame
     elif count > num_frames:
         add("warning", "count", f"{folder}: {listed}: the others are never read")
 
-    digest, sizes, broken = hashlib.blake2b(digest_size=16), Counter(), defaultdict(list)
+    digest, sizes = hashlib.blake2b(digest_size=16), Counter()
+    broken, damaged = defaultdict(list), []
     for name in (name for name in wanted if name in files):
         try:
             with open(os.path.join(folder, name), "rb") as file:
                 content = file.read()
             digest.update(content)
-            sizes[decoded_size(content)] += 1
+            size, complaint = decoded(content)
+            sizes[size] += 1
+            if complaint is not None:
+                damaged.append((name, complaint))
         except Exception as error:  # broken files make Pillow raise many kinds, SyntaxError and struct.error among them
             broken["empty" if isinstance(error, EOFError) else "unreadable"].append((name, error))
     for kind, cases in broken.items():
         reason = "" if kind == "empty" else f" ({cases[0][1]})"
         add("error", kind, f"{folder}: {and_more([name for name, _ in cases])} {kind}{reason}; extract it again")
+    if damaged:
+        names = and_more([name for name, _ in damaged])
+        add("warning", "damaged", f"{folder}: {names} damaged, but decoded ({damaged[0][1]}); extract it again")
     if len(sizes) > 1:
         add("warning", "sizes", f"{folder}: {shown_sizes(sizes)}")
     if not report.problems:
@@ -389,16 +398,26 @@ def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frame
     return report
 
 
-def decoded_size(content: bytes) -> tuple[int, int]:
-    """(width, height) of an image that can be decoded to its end; raises what Pillow does, EOFError for no content."""
+def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
+    """((width, height), what libjpeg complains of) of an image that can be decoded to its end.
+
+    Raises what Pillow does, EOFError for no content. Pillow takes damage inside a JPEG file in silence, simplejpeg not.
+    """
     if not content:
         raise EOFError
+    complaint = None
+    if content.startswith(JPEG_START):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+            if colours not in ("CMYK", "YCCK"):
+                # Every bit is still read, but most of the transforms that cannot fail are left out.
+                simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
+                return (width, height), None
+        except ValueError as error:
+            complaint = str(error)
     with Image.open(io.BytesIO(content)) as image:
-        size = image.size
-        # Every bit of a JPEG file is still read, but most of the transforms that cannot fail are left out.
-        image.draft(None, (1, 1))
         image.load()
-    return size
+        return image.size, complaint
 
 
 def check_video_file(task: Task, decoder: str) -> VideoReport:
