@@ -7,9 +7,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.annotations import few_shot, read_annotations, read_class_names
+from datasets.flips import flip_pairs
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import protocol_of
-from datasets.transforms import EvalTransform, TrainTransform, flip_pairs
+from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
 from utils.errors import DataError
 from utils.seeding import epoch_order, shot_rng

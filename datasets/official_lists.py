@@ -37,9 +37,7 @@ def read_kinetics(path: Path) -> list[Annotation]:
     rows = csv.reader(line for _, line in numbered_lines(path))
     header = next(rows, [])
     if missing := [name for name in KINETICS_COLUMNS if name not in header]:
-        raise DataError(
-            f"{path}:1: the header must name {', '.join(KINETICS_COLUMNS)}; {', '.join(missing)} is missing"
-        )
+        raise DataError(f"{path}:1: the header must name {', '.join(KINETICS_COLUMNS)}, but {missing[0]} is missing")
     places = [header.index(name) for name in KINETICS_COLUMNS]
     annotations = []
     for row in rows:

@@ -6,7 +6,6 @@ holds for all frames of a clip. Normalisation happens later, on the device.
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,16 +14,12 @@ import torch
 from PIL.Image import Image, Resampling
 
 from datasets.augment import grayscale, rand_augment
-from utils.errors import ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Share of the training clips that lose their colour.
 GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
-
-# Direction classes among the 174 of Something-Something in alphabetical order.
-SOMETHING_FLIP_PAIRS = ((86, 87), (93, 94), (166, 167))
 
 
 @dataclass(frozen=True)
@@ -147,37 +142,6 @@ def crop_corners(width: int, height: int, size: int, num_crops: int) -> list[tup
 def to_clip(frames: Sequence[Image]) -> torch.Tensor:
     """PIL RGB frames of one size -> uint8 (T, 3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2)))
-
-
-def flip_pairs(protocol: str, num_classes: int, class_names: Sequence[str] | None) -> dict[int, int]:
-    """Label -> label of the mirrored action, for the classes where a mirror changes it.
-
-    Names decide when they are given: "left" and "right" swapped must make another name. Without names, the known pairs
-    of `something` with 174 classes; ConfigError for `something` with other classes.
-    """
-    if class_names is not None:
-        labels = {name: label for label, name in enumerate(class_names)}
-        mirrored = [labels.get(mirror_words(name)) for name in class_names]
-        return {label: other for label, other in enumerate(mirrored) if other not in (None, label)}
-    if protocol != "something":
-        return {}
-    if num_classes != 174:
-        raise ConfigError(
-            f"data.label_list: give it (csv id,name), a flip must swap the labels of left and right, and without names "
-            f"they are only known for 174 classes, not for {num_classes}; or set data.flip=False"
-        )
-    return dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
-
-
-def mirror_words(name: str) -> str:
-    """`name` with the words left and right swapped."""
-
-    def swap(match: re.Match) -> str:
-        word = match.group()
-        other = "right" if word.lower() == "left" else "left"
-        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
-
-    return re.sub(r"(?<![^\W_])(left|right)(?![^\W_])", swap, name, flags=re.IGNORECASE)
 
 
 def normalize_clips(

@@ -14,8 +14,9 @@ from timm.data.auto_augment import rand_augment_transform
 
 from datasets import augment
 from datasets.augment import BatchAugment, grayscale, rand_augment
+from datasets.flips import flip_pairs
 from datasets.loaders import build_train_loader
-from datasets.transforms import TrainTransform, draw_crop, flip_pairs, normalize_clips, to_clip
+from datasets.transforms import TrainTransform, draw_crop, normalize_clips, to_clip
 from modules import build_model
 from utils.seeding import seed_everything, seeded_globals
 

@@ -6,6 +6,7 @@ import torch
 from conftest import random_frame
 from PIL import Image
 
+from datasets.flips import flip_pairs
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -15,7 +16,6 @@ from datasets.transforms import (
     crop_corners,
     draw_box,
     draw_crop,
-    flip_pairs,
     normalize_clips,
     resize_size,
     to_clip,

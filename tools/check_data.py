@@ -7,12 +7,12 @@ few; FILE of --json holds all. The exit status is 1 if there are errors, 0 if th
 writes the lists without the lines that have errors, each under its own name into DIR, for you to look at and use.
 
 An error would stop training, falsify a result or lose a class: lines that cannot be read, a path listed twice or in
-both lists, frames and videos that are missing, empty, cut off or cannot be decoded, a class without training videos. A
-warning may be meant: files that the list does not count, frames of several sizes in a video, the same content under two
-names, class names that a flip does not expect.
+both lists, frames and videos that are missing, empty or cannot be decoded to their end, a class without training
+videos. A warning may be meant: frames that the list does not count, a video that ends before its file says, frames of
+several sizes in a video, the same content under two names, class names in another order than a flip expects.
 
-Every image and every video is decoded to its end. A JPEG decoder does not notice damage that keeps the structure of the
-file, nor do some video codecs.
+Every image and every video is decoded to its end. Some damage that keeps the structure of a file is noticed by no
+decoder.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import av
+import simplejpeg
 from dotmap import DotMap
 from PIL import Image
 from tqdm import tqdm
@@ -41,6 +42,7 @@ from datasets.annotations import (
     parse_line,
     read_class_names,
 )
+from datasets.flips import flip_pairs, mirror_words
 from datasets.frame_files import frame_pattern
 from datasets.readers import VideoFileReader
 from datasets.sampling import protocol_of
@@ -51,6 +53,7 @@ from utils.parallel import parallel_map, usable_cores
 
 PRINTED = 20  # findings of one kind in one list
 CHUNK = 1 << 20
+JPEG_START = b"\xff\xd8"
 WHOLE_SHARE = 0.9  # of the stated length; the last frame may be shown longer, or a sound last longer than the picture
 PARTS = {"train": "training", "val": "validation"}
 
@@ -173,29 +176,35 @@ def check(config_path: str, data: DotMap, lists: list[AnnotationList], workers: 
 
 
 def read_list(each: AnnotationList, data: DotMap) -> None:
-    """Every line is parsed by itself, so that a bad one hides none."""
-    first = None
+    """Every line is parsed by itself, so that a bad one hides none. One line with a label shows that all need one."""
+
+    def add(severity: str, kind: str, place: str, message: str) -> None:
+        each.findings.append(Finding(severity, kind, place, message.removeprefix(f"{place}: ")))
+
+    parsed = []
     try:
         for source, line in numbered_lines(each.path):
             if not line:
                 continue
             each.lines += 1
             try:
-                record = parse_line(source, line, data.num_classes, data.modality)
-                first = first or record
-                check_labelled(record, first, unlabelled=each.part == "val")
-                each.records.append(record)
+                parsed.append(parse_line(source, line, data.num_classes, data.modality))
             except DataError as error:
-                message = error.line.removeprefix(f"{source}: ")
-                each.findings.append(Finding("error", "line", source, message))
+                add("error", "line", source, error.line)
     except DataError as error:
-        each.findings.append(Finding("error", "list", each.path, error.line.removeprefix(f"{each.path}: ")))
+        add("error", "list", each.path, error.line)
         return
     if not each.lines:
-        each.findings.append(Finding("error", "list", each.path, "the list is empty"))
-    if first is not None and first.label == UNLABELLED and each.part == "val":
-        message = "no line has a label: only test.py reads such a list, with --save_scores"
-        each.findings.append(Finding("warning", "list", each.path, message))
+        add("error", "list", each.path, "the list is empty")
+    unlabelled = each.part == "val" and all(record.label == UNLABELLED for record in parsed)
+    if unlabelled and parsed:
+        add("warning", "list", each.path, "no line has a label: only test.py reads such a list, with --save_scores")
+    for record in parsed:
+        try:
+            check_labelled(record, record, unlabelled)
+            each.records.append(record)
+        except DataError as error:
+            add("error", "line", record.source, error.line)
 
 
 def refuse_shared_paths(lists: list[AnnotationList]) -> None:
@@ -240,9 +249,6 @@ def check_classes(config_path: str, data: DotMap) -> tuple[list[str] | None, lis
             return None, [Finding("error", "names", *error.line.split(": ", 1))]
     if not data.flip:
         return names, findings
-    # Here, since it takes seconds to import torch, which no process that reads files needs.
-    from datasets.transforms import flip_pairs, mirror_words
-
     protocol = data.protocol or protocol_of(data.dataset)
     try:
         pairs = flip_pairs(protocol, data.num_classes, names)
@@ -276,10 +282,8 @@ def check_labels(each: AnnotationList, num_classes: int, names: list[str] | None
     for record in each.records:
         label = label_of.get(folder_name(record.path.split("/", 1)[0]), record.label)
         if label != record.label != UNLABELLED:
-            message = (
-                f"{record.path}: label {record.label} is {names[record.label]!r}, but the folder is called like {label}"
-            )
-            each.add("warning", "folder", record, message)
+            message = f"label {record.label} is {names[record.label]!r}, but the folder is named like label {label}"
+            each.add("warning", "folder", record, f"{record.path}: {message}")
     if set(videos) <= {UNLABELLED}:
         return
     severity = "error" if each.part == "train" else "warning"
@@ -368,18 +372,25 @@ def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frame
     elif count > num_frames:
         add("warning", "count", f"{folder}: {listed}: the others are never read")
 
-    digest, sizes, broken = hashlib.blake2b(digest_size=16), Counter(), defaultdict(list)
+    digest, sizes = hashlib.blake2b(digest_size=16), Counter()
+    broken, damaged = defaultdict(list), []
     for name in (name for name in wanted if name in files):
         try:
             with open(os.path.join(folder, name), "rb") as file:
                 content = file.read()
             digest.update(content)
-            sizes[decoded_size(content)] += 1
+            size, complaint = decoded(content)
+            sizes[size] += 1
+            if complaint is not None:
+                damaged.append((name, complaint))
         except Exception as error:  # broken files make Pillow raise many kinds, SyntaxError and struct.error among them
             broken["empty" if isinstance(error, EOFError) else "unreadable"].append((name, error))
     for kind, cases in broken.items():
         reason = "" if kind == "empty" else f" ({cases[0][1]})"
         add("error", kind, f"{folder}: {and_more([name for name, _ in cases])} {kind}{reason}; extract it again")
+    if damaged:
+        names = and_more([name for name, _ in damaged])
+        add("warning", "damaged", f"{folder}: {names} damaged, but decoded ({damaged[0][1]}); extract it again")
     if len(sizes) > 1:
         add("warning", "sizes", f"{folder}: {shown_sizes(sizes)}")
     if not report.problems:
@@ -387,16 +398,26 @@ def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frame
     return report
 
 
-def decoded_size(content: bytes) -> tuple[int, int]:
-    """(width, height) of an image that can be decoded to its end; raises what Pillow does, EOFError for no content."""
+def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
+    """((width, height), what libjpeg complains of) of an image that can be decoded to its end.
+
+    Raises what Pillow does, EOFError for no content. Pillow takes damage inside a JPEG file in silence, simplejpeg not.
+    """
     if not content:
         raise EOFError
+    complaint = None
+    if content.startswith(JPEG_START):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+            if colours not in ("CMYK", "YCCK"):
+                # Every bit is still read, but most of the transforms that cannot fail are left out.
+                simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
+                return (width, height), None
+        except ValueError as error:
+            complaint = str(error)
     with Image.open(io.BytesIO(content)) as image:
-        size = image.size
-        # Every bit of a JPEG file is still read, but most of the transforms that cannot fail are left out.
-        image.draft(None, (1, 1))
         image.load()
-    return size
+        return image.size, complaint
 
 
 def check_video_file(task: Task, decoder: str) -> VideoReport:
@@ -434,14 +455,13 @@ def check_video_file(task: Task, decoder: str) -> VideoReport:
     if num_frames == 0:
         add("error", "unreadable", "no frame can be decoded")
         return report
-    if decoder != "pyav":  # what PyAV reads, the decoder of the configuration may still refuse
-        try:
-            video = VideoFileReader(task.root, decoder).open(record)
-            if video.num_frames != num_frames:
-                add("error", "unreadable", f"{decoder} finds {video.num_frames} frames, PyAV {num_frames}")
-            video.read([video.num_frames - 1])
-        except UserError as error:
-            add("error", "unreadable", error.line.removeprefix(f"{path}: "))
+    try:  # in the way that training reads it
+        video = VideoFileReader(task.root, decoder).open(record)
+        if video.num_frames != num_frames:
+            add("error", "unreadable", f"{decoder} counts {video.num_frames} frames, but {num_frames} can be decoded")
+        video.read([video.num_frames - 1])
+    except UserError as error:
+        add("error", "unreadable", error.line.removeprefix(f"{path}: "))
     if corrupt:
         add("warning", "damaged", f"{corrupt} of {num_frames} frames are damaged, says the decoder")
     if stated is not None and num_frames > 1:

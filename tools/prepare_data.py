@@ -233,6 +233,8 @@ def claim(out: Path, settings: Extraction) -> None:
 
 def extract_video(job: Job, settings: Extraction) -> str | None:
     """Why the video could not be extracted, or None; DataError if the folder cannot be written."""
+    if job.folder.is_dir():  # done already, by a process whose answer was lost as another died
+        return None
     partial_folder = unfinished(job.folder)
     number = 0
     try:
@@ -345,7 +347,7 @@ class Disk:
     """The videos below a root, to be found by their names."""
 
     def __init__(self, root: Path, modality: str, image_tmpl: str):
-        """Raises DataError if there are none, or if the folders of frames do not all start at one number, 0 or 1."""
+        """Raises DataError if there are none."""
         self.root, self.modality = root, modality
         if not root.is_dir():
             raise DataError(f"{root}: no such folder")
@@ -520,8 +522,15 @@ def run_list(args: argparse.Namespace) -> None:
 
     names = io.StringIO()
     csv.writer(names, lineterminator="\n").writerows([("id", "name"), *enumerate(splits.classes)])
-    write_text(args.out / CLASSES, names.getvalue())
-    config = {"modality": args.modality, "num_classes": len(labels), "label_list": str(args.out / CLASSES)}
+    classes = args.out / CLASSES
+    with writing(classes):
+        if classes.exists() and classes.read_bytes() != names.getvalue().encode():
+            raise DataError(
+                f"{classes}: is there and does not number these {len(labels)} classes alike, so that lists beside it "
+                "would become wrong; give --train and --val in one run, or name another folder"
+            )
+    write_text(classes, names.getvalue())
+    config = {"modality": args.modality, "num_classes": len(labels), "label_list": str(classes)}
     for part, text in texts.items():
         path = args.out / f"{part}{'_videos' * (args.modality == 'video')}.txt"
         write_text(path, text)

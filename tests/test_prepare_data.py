@@ -1,0 +1,686 @@
+"""Videos to folders of frames, and the official annotation files to lists."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.annotations import VideoRecord, read_annotations, read_class_names
+from datasets.readers import FrameFolderReader, VideoFileReader
+from tools import prepare_data
+from tools.prepare_data import main
+from utils.errors import DataError, UserError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def frames_of(seed: int, count: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Smooth pictures, each another, uint8 (H, W, 3) of (width, height)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 3, 4, 3), dtype=np.uint8)
+    return [np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)) for picture in coarse]
+
+
+def write_video(path: Path, seed: int = 0, count: int = 5, size: tuple[int, int] = (48, 32), angle: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9" if path.suffix == ".webm" else "libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for picture in frames_of(seed, count, size):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    if angle:
+        rotate(path, angle)
+
+
+def rotate(path: Path, angle: int) -> None:
+    """Write the matrix of a turn by 90 degrees into the track header of an mp4 file."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 4 + 40  # version and flags, then times, number, length, layer, volume
+    turn = {90: (0, 1, -1, 0), 270: (0, -1, 1, 0)}[angle]
+    a, b, c, d = (value << 16 for value in turn)
+    for offset, value in zip((0, 4, 12, 16), (a, b, c, d), strict=True):
+        content[place + offset : place + offset + 4] = (value & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Six videos in nested folders, one of them webm."""
+    root = tmp_path / "videos"
+    names = ("a/one.mp4", "a/two words.mp4", "b/c/three.mkv", "b/four.webm", "five.MP4", "six.mp4")
+    for seed, name in enumerate(names):
+        write_video(root / name, seed, 4 + seed)
+    (root / "notes.txt").write_text("no video")
+    (root / ".hidden.mp4").write_bytes(b"")
+    return root
+
+
+def extract(videos, out, *arguments):
+    main(["extract", str(videos), str(out), "--workers", "0", *map(str, arguments)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_list(*arguments):
+    main(["list", *map(str, arguments)])
+
+
+# extract
+
+
+def test_every_frame_is_written_in_order_under_the_path_of_its_video(videos, tmp_path, capsys):
+    extract(videos, tmp_path / "out")
+    lengths = {"a/one": 4, "a/two words": 5, "b/c/three": 6, "b/four": 7, "five": 8, "six": 9}
+    expected = {f"{name}/img_{n:05d}.jpg" for name, length in lengths.items() for n in range(1, length + 1)}
+    assert set(contents(tmp_path / "out")) == expected | {"extract.json"}
+    assert "6 videos extracted, 0 were there already, 0 failed" in capsys.readouterr().out
+    for seed, (name, length) in enumerate(lengths.items()):
+        record = VideoRecord(name, length, 0, "list:1")
+        read = FrameFolderReader(str(tmp_path / "out"), "img_{:05d}.jpg").open(record).read(list(range(length)))
+        for frame, picture in zip(read, frames_of(seed, length, (48, 32)), strict=True):
+            assert np.abs(np.asarray(frame).astype(int) - picture).mean() < 8  # twice compressed
+
+
+def test_frames_have_the_pixels_that_the_reader_gives(videos, tmp_path):
+    """Before JPEG, and where nothing is resized: the folders show what the video files show."""
+    record = VideoRecord("a/one.mp4", None, 0, "list:1")
+    read = VideoFileReader(str(videos), "pyav").open(record).read([0, 1, 2, 3])
+    for frame, pixels in zip(read, prepare_data.upright_frames(videos / "a" / "one.mp4", 256), strict=True):
+        assert np.array_equal(np.asarray(frame), pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "short_side", "expected"),
+    [((48, 32), 16, (24, 16)), ((32, 48), 16, (16, 24)), ((50, 34), 16, (23, 16)), ((48, 32), 32, (48, 32))],
+)
+def test_only_a_longer_shorter_side_is_resized(tmp_path, size, short_side, expected):
+    write_video(tmp_path / "videos" / "v.mp4", size=size)
+    extract(tmp_path / "videos", tmp_path / "out", "--short_side", short_side)
+    for number, picture in enumerate(frames_of(0, 5, size), 1):
+        with Image.open(tmp_path / "out" / "v" / f"img_{number:05d}.jpg") as image:
+            assert image.size == expected
+            wanted = np.asarray(Image.fromarray(picture).resize(expected, Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(np.asarray(image) - wanted).mean() < 8
+
+
+@pytest.mark.parametrize(("angle", "turns"), [(90, -1), (270, 1)])
+def test_frames_are_upright(tmp_path, angle, turns):
+    write_video(tmp_path / "videos" / "v.mp4", angle=angle)
+    extract(tmp_path / "videos", tmp_path / "out", "--short_side", 16)
+    with Image.open(tmp_path / "out" / "v" / "img_00001.jpg") as image:
+        wanted = Image.fromarray(np.rot90(frames_of(0, 1, (48, 32))[0], turns)).resize((16, 24))
+        assert image.size == (16, 24)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).mean() < 10
+
+
+def test_quality_and_template_are_what_is_asked_for(videos, tmp_path):
+    sizes = []
+    for quality in (30, 90):
+        out = tmp_path / str(quality)
+        extract(videos, out, "--quality", quality, "--image_tmpl", "{:06d}.jpg")
+        sizes.append((out / "six" / "000009.jpg").stat().st_size)
+    assert sizes[0] < sizes[1]
+
+
+def test_processes_write_what_one_writes(videos, tmp_path):
+    extract(videos, tmp_path / "one")
+    main(["extract", str(videos), str(tmp_path / "two"), "--workers", "2"])
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_list_names_the_videos(videos, tmp_path):
+    (videos / "list.txt").write_text("a/two words.mp4 7\n\nsix.mp4 -1\nsix.mp4 0\n")
+    extract(videos / "list.txt", tmp_path / "beside")
+    (tmp_path / "elsewhere.txt").write_text("two words.mp4 7\n")
+    extract(tmp_path / "elsewhere.txt", tmp_path / "root", "--root", videos / "a")
+    assert {path.split("/img")[0] for path in contents(tmp_path / "beside")} == {"a/two words", "six", "extract.json"}
+    assert {path.split("/img")[0] for path in contents(tmp_path / "root")} == {"two words", "extract.json"}
+
+
+def test_a_second_run_writes_only_what_is_missing(videos, tmp_path, capsys):
+    extract(videos, tmp_path / "out")
+    first = contents(tmp_path / "out")
+    stamp = {path: os.stat(tmp_path / "out" / path).st_mtime_ns for path in first}
+    (tmp_path / "out" / "six").rename(tmp_path / "away")
+    extract(videos, tmp_path / "out")
+    assert "1 videos extracted, 5 were there already, 0 failed" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == first
+    changed = {path for path in first if os.stat(tmp_path / "out" / path).st_mtime_ns != stamp[path]}
+    assert {path.split("/")[0] for path in changed} == {"six"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--short_side", 20], "short_side 256, now 20"), (["--quality", 80], "quality 90, now 80")],
+)
+def test_another_setting_is_refused_in_a_folder_that_is_there(videos, tmp_path, arguments, complaint):
+    extract(videos, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=f"out/extract.json: .*made with {complaint}; name another folder"):
+        extract(videos, tmp_path / "out", *arguments)
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_videos_and_other_folders_are_refused(videos, tmp_path):
+    extract(videos, tmp_path / "out")
+    with pytest.raises(DataError, match=r"made with videos '.*/videos', now '.*/videos/a'"):
+        extract(videos / "a", tmp_path / "out")
+    with pytest.raises(DataError, match="videos: exists and was not made by this program"):
+        extract(videos / "a", videos)
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["a.mp4", "a.webm"], "out/a: both .*a.mp4 and .*a.webm would be extracted there"),
+        (["a.mp4", "a/b.mp4"], "out/a/b: .*a/b.mp4 would be extracted into the frames of .*/a.mp4"),
+    ],
+)
+def test_videos_that_share_a_folder_are_refused_before_anything_is_written(tmp_path, names, complaint):
+    for name in names:
+        write_video(tmp_path / "videos" / name, count=1)
+    with pytest.raises(DataError, match=complaint):
+        extract(tmp_path / "videos", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_videos_are_reported_and_tried_again(videos, tmp_path, capsys):
+    whole = (videos / "six.mp4").read_bytes()
+    (videos / "six.mp4").write_bytes(whole[: len(whole) // 2])
+    (videos / "list.txt").write_text("six.mp4 0\na/one.mp4 0\ngone.mp4 0\n")
+    with pytest.raises(DataError, match="out/failures.json: 2 of 3 videos could not be extracted"):
+        extract(videos / "list.txt", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "failures.json").read_text())
+    reasons = {os.path.basename(failed["video"]): failed["reason"] for failed in report["failed"]}
+    assert list(reasons) == ["six.mp4", "gone.mp4"] and report["videos"] == 3
+    assert "Invalid data" in reasons["six.mp4"] and "No such file" in reasons["gone.mp4"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "extract.json", "failures.json"}
+    (videos / "six.mp4").write_bytes(whole)
+    (videos / "list.txt").write_text("six.mp4 0\na/one.mp4 0\n")
+    extract(videos / "list.txt", tmp_path / "out")
+    assert "1 videos extracted, 1 were there already, 0 failed" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "six", "extract.json"}
+
+
+def test_a_video_that_breaks_in_the_middle_leaves_no_folder(tmp_path):
+    path = tmp_path / "videos" / "v.mp4"
+    write_video(path, count=60)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat")
+    middle = start + 4 + (content.index(b"moov") - start) // 2
+    content[middle : middle + 400] = bytes(400)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="1 of 1 videos"):
+        extract(tmp_path / "videos", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "failures.json").read_text())
+    assert report["failed"][0]["reason"].startswith("after ")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"extract.json", "failures.json"}
+
+
+def test_an_interrupted_run_leaves_whole_folders_only_and_the_next_one_goes_on(videos, tmp_path, monkeypatch):
+    extract(videos, tmp_path / "unbroken")
+    frames = prepare_data.upright_frames
+
+    def interrupted_frames(path, short_side):
+        for number, pixels in enumerate(frames(path, short_side)):
+            if path.name == "four.webm" and number == 3:
+                raise KeyboardInterrupt
+            yield pixels
+
+    monkeypatch.setattr(prepare_data, "upright_frames", interrupted_frames)
+    with pytest.raises(UserError, match="interrupted; what is complete stays"):
+        extract(videos, tmp_path / "out")
+    done, unbroken = contents(tmp_path / "out"), contents(tmp_path / "unbroken")
+    assert {path.rpartition("/")[0] for path in done} == {"", "a/one", "a/two words", "b/c/three"}
+    assert done.items() <= unbroken.items()
+    monkeypatch.undo()
+    extract(videos, tmp_path / "out")
+    assert contents(tmp_path / "out") == unbroken
+
+
+def test_what_a_killed_process_leaves_does_not_look_finished(videos, tmp_path, capsys):
+    out = tmp_path / "out"
+    extract(videos, out)
+    whole = contents(out)
+    half = prepare_data.unfinished(out / "six")
+    (out / "six").rename(half)
+    (half / "img_00009.jpg").write_bytes(b"")
+    listed = {found.path for found in prepare_data.frame_folders(out, "img_{:05d}.jpg")}
+    assert listed == {"a/one", "a/two words", "b/c/three", "b/four", "five"}
+    extract(videos, out)
+    assert contents(out) == whole
+
+
+def test_a_video_that_is_done_is_left_alone(videos, tmp_path):
+    """A process may end between its last step and its answer, and then the video is handed out again."""
+    job = prepare_data.Job(videos / "a" / "one.mp4", tmp_path / "one")
+    settings = prepare_data.Extraction(str(videos), 256, 90, "img_{:05d}.jpg")
+    assert prepare_data.extract_video(job, settings) is None
+    first = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
+    assert prepare_data.extract_video(job, settings) is None
+    assert {path: path.stat().st_mtime_ns for path in job.folder.iterdir()} == first
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(videos, tmp_path, monkeypatch):
+    save, saved = Image.Image.save, []
+
+    def full(self, path, **options):
+        if len(saved) == 6:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(DataError, match="out/a/two words: cannot be written: No space left on device") as caught:
+        extract(videos, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert {path.split("/img")[0] for path in contents(tmp_path / "out")} == {"extract.json", "a/one"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--quality", "0"], "--quality: must be 1 to 95, got 0"),
+        (["--short_side", "0"], "--short_side: must be 1 or more, got 0"),
+        (["--workers", "-1"], "--workers: must be 0 or more, got -1"),
+        (["--image_tmpl", "frame.jpg"], "--image_tmpl: must be a file name with a field"),
+        (["--image_tmpl", "{:05d}.png"], "--image_tmpl: must be the name of a JPEG file"),
+        (["--root", "."], "videos: is a folder, whose videos are all taken"),
+    ],
+)
+def test_wrong_arguments_are_one_line(videos, tmp_path, arguments, complaint):
+    with pytest.raises(UserError, match=complaint):
+        main(["extract", str(videos), str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("../v.mp4 0\n", r"list.txt:1: ../v.mp4: must lie below the root"),
+        ("a.mp4 0\n/v.mp4 0\n", r"list.txt:2: /v.mp4: must lie below the root"),
+        ("a.mp4\n", r"list.txt:1: a line must read 'path label'"),
+        ("\n", "list.txt: the list is empty"),
+    ],
+)
+def test_a_list_that_leads_elsewhere_is_refused(tmp_path, text, complaint):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(DataError, match=complaint):
+        extract(tmp_path / "list.txt", tmp_path / "out")
+
+
+def test_nothing_to_extract_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no videos in it"):
+        extract(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(DataError, match="gone: cannot be read"):
+        extract(tmp_path / "gone", tmp_path / "out")
+
+
+# The real command line
+
+
+def command(*arguments):
+    return [sys.executable, "tools/prepare_data.py", *map(str, arguments)]
+
+
+def test_the_programs_run_from_the_repository_root_without_torch(videos, tmp_path):
+    out, lists = tmp_path / "out", tmp_path / "lists"
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run(
+        command("extract", videos / "a", out, "--workers", 2), cwd=REPOSITORY, capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == f"{out}: 2 videos extracted, 0 were there already, 0 failed\n"
+    assert "| av" in done.stderr and "| torch" not in done.stderr
+    (videos / "a" / "bad.mp4").write_bytes(b"bad")
+    done = subprocess.run(command("extract", videos / "a", out), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {out}/failures.json: 1 of 3 videos could not be extracted; it says why\n"
+    arguments = ["list", "folders", videos, lists, "--modality", "video"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.prepare_data", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {videos}/five.MP4: is in no class folder")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
+    """Whatever a process is at: one waits without end for a pipe that nobody writes to."""
+    root, out = tmp_path / "videos", tmp_path / "out"
+    for seed in (0, 1, 3, 4):
+        write_video(root / f"v{seed}.mp4", seed)
+    os.mkfifo(root / "v2.mp4")
+    process = subprocess.Popen(
+        command("extract", root, out, "--workers", 2),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("v*"))) < 4 or not (out / ".v2.unfinished").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)  # returns when the last of its processes has closed the pipes
+    assert process.returncode == (1 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert errors == "error: interrupted; what is complete stays, and the same command goes on\n"
+        assert not list(out.glob(".*"))
+    (root / "v2.mp4").unlink()
+    write_video(root / "v2.mp4", 2)
+    extract(root, out)
+    extract(root, tmp_path / "unbroken")
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+# list
+
+
+@pytest.fixture
+def touch(tmp_path):
+    """touch(root, path, ...): empty video files, or for a number after the path a folder of so many empty frames."""
+
+    def make(root, **videos):
+        for path, count in videos.items():
+            place = tmp_path / root / path
+            if count is None:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.touch()
+                continue
+            numbers = range(1, count + 1) if isinstance(count, int) else count
+            place.mkdir(parents=True)
+            for number in numbers:
+                (place / f"img_{number:05d}.jpg").touch()
+        return tmp_path / root
+
+    return make
+
+
+def read_lists(out, modality="RGB"):
+    """{part: [(path, num_frames, class name)]} as training reads the lists."""
+    names = [line.split(",", 1)[1] for line in (out / "classes.csv").read_text().splitlines()[1:]]
+    names = read_class_names(str(out / "classes.csv"), len(names))
+    suffix = "_videos" if modality == "video" else ""
+    return {
+        part: [
+            (record.path, record.num_frames, names[record.label])
+            for record in read_annotations(str(out / f"{part}{suffix}.txt"), len(names), modality)
+        ]
+        for part in ("train", "val")
+        if (out / f"{part}{suffix}.txt").exists()
+    }, names
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_kinetics(touch, tmp_path, capsys):
+    train_root = touch(
+        "train", **{"riding_a_bike/-a_b-C_000003_000013.mp4": None, "abseiling/xyz_000120_000130.mkv": None}
+    )
+    val_root = touch("val", **{"q r_000000_000010.mp4": None})
+    train = write(
+        tmp_path / "train.csv",
+        'label,youtube_id,time_start,time_end,split,is_cc\n"riding, a bike",-a_b-C,3,13,train,0\n'
+        "abseiling,xyz,120,130,train,1\n",
+    )
+    val = write(tmp_path / "val.csv", 'label,youtube_id,time_start,time_end,split\n"riding, a bike",q r,0.0,10,val\n')
+    out = tmp_path / "out"
+    options = ["--train", train, "--val", val, "--val_root", val_root, "--modality", "video"]
+    make_list("kinetics", train_root, out, *options)
+    lists, names = read_lists(out, "video")
+    assert names == ["abseiling", "riding, a bike"]
+    assert lists == {
+        "train": [
+            ("riding_a_bike/-a_b-C_000003_000013.mp4", None, "riding, a bike"),
+            ("abseiling/xyz_000120_000130.mkv", None, "abseiling"),
+        ],
+        "val": [("q r_000000_000010.mp4", None, "riding, a bike")],
+    }
+    assert (out / "classes.csv").read_text() == 'id,name\n0,abseiling\n1,"riding, a bike"\n'
+    output = capsys.readouterr().out
+    assert f"train_list: {out}/train_videos.txt" in output and f"val_root: {val_root}" in output
+    assert "num_classes: 2" in output and "index_base" not in output
+
+
+def test_something_v1_frames_in_alphabetical_class_order(touch, tmp_path, capsys):
+    root = touch("frames", **{"100": 3, "7": 12, "55": 1})
+    labels = write(tmp_path / "labels.csv", "Turning something\nHolding something\nPulling something left\n")
+    train = write(tmp_path / "train.csv", "7;Holding something\n100;Turning something\n")
+    val = write(tmp_path / "val.csv", "55;Pulling something left\n")
+    make_list("something-v1", root, tmp_path / "out", "--train", train, "--val", val, "--labels", labels)
+    lists, names = read_lists(tmp_path / "out")
+    assert names == sorted(names) and len(names) == 3
+    assert lists["train"] == [("7", 12, "Holding something"), ("100", 3, "Turning something")]
+    assert lists["val"] == [("55", 1, "Pulling something left")]
+    assert (tmp_path / "out" / "train.txt").read_text() == "7 12 0\n100 3 2\n"
+    assert "numbered in alphabetical order" in capsys.readouterr().out
+
+
+def test_something_v2_templates_lose_their_brackets(touch, tmp_path, capsys):
+    root = touch("videos", **{"78687.webm": None, "42326.webm": None})
+    labels = {"Approaching something with your camera": "0", "Holding something next to something": "1"}
+    entries = [
+        {
+            "id": "78687",
+            "label": "holding potato next to vicks vaporub bottle",
+            "template": "Holding [something] next to [something]",
+            "placeholders": ["potato", "vicks vaporub bottle"],
+        }
+    ]
+    val = [{"id": "42326", "label": "...", "template": "Approaching [something] with your camera", "placeholders": []}]
+    files = [write(tmp_path / f"{i}.json", json.dumps(c)) for i, c in enumerate((labels, entries, val))]
+    options = ["--labels", files[0], "--train", files[1], "--val", files[2], "--modality", "video"]
+    make_list("something-v2", root, tmp_path / "out", *options)
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == list(labels)
+    assert lists["train"] == [("78687.webm", None, "Holding something next to something")]
+    assert lists["val"] == [("42326.webm", None, "Approaching something with your camera")]
+    assert "numbered in alphabetical order" not in capsys.readouterr().out
+
+
+def test_ucf101(touch, tmp_path):
+    root = touch("UCF-101", **{f"{name}/v_{name}_g0{i}_c01.avi": None for i in (1, 2) for name in ("Archery", "YoYo")})
+    labels = write(tmp_path / "classInd.txt", "1 YoYo\n2 Archery\n")
+    train = write(tmp_path / "trainlist01.txt", "Archery/v_Archery_g01_c01.avi 2\r\nYoYo/v_YoYo_g01_c01.avi 1\r\n")
+    val = write(tmp_path / "testlist01.txt", "Archery/v_Archery_g02_c01.avi\nYoYo/v_YoYo_g02_c01.avi\n")
+    options = ["--labels", labels, "--train", train, "--val", val, "--modality", "video"]
+    make_list("ucf101", root, tmp_path / "out", *options)
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["YoYo", "Archery"]  # those of the official numbers, less one
+    assert lists["train"] == [
+        ("Archery/v_Archery_g01_c01.avi", None, "Archery"),
+        ("YoYo/v_YoYo_g01_c01.avi", None, "YoYo"),
+    ]
+    assert [path for path, *_ in lists["val"]] == ["Archery/v_Archery_g02_c01.avi", "YoYo/v_YoYo_g02_c01.avi"]
+
+
+def test_hmdb51(touch, tmp_path):
+    root = touch("frames", **{"brush_hair/a (1)!": 2, "brush_hair/b": 3, "cartwheel/c c": 4, "cartwheel/d": 5})
+    (tmp_path / "splits").mkdir()
+    for name, videos in {"brush_hair": ("a (1)!", "b"), "cartwheel": ("c c", "d")}.items():
+        for split, marks in {1: "12", 2: "01", 3: "21"}.items():
+            lines = [f"{video}.avi {mark} \n" for video, mark in zip(videos, marks, strict=True)]
+            write(tmp_path / "splits" / f"{name}_test_split{split}.txt", "".join(lines))
+    first, second = ("brush_hair/a (1)!", 2, "brush_hair"), ("brush_hair/b", 3, "brush_hair")
+    third, fourth = ("cartwheel/c c", 4, "cartwheel"), ("cartwheel/d", 5, "cartwheel")
+    for split, train, val in ((1, [first, third], [second, fourth]), (3, [second, fourth], [first, third])):
+        out = tmp_path / str(split)
+        make_list("hmdb51", root, out, "--splits", tmp_path / "splits", "--split", split)
+        assert read_lists(out) == ({"train": train, "val": val}, ["brush_hair", "cartwheel"])
+    with pytest.raises(DataError, match="frames: none of the videos for val is there, so no list is written"):
+        make_list("hmdb51", root, tmp_path / "2", "--splits", tmp_path / "splits", "--split", 2)
+    assert not (tmp_path / "2").exists()
+
+
+def test_a_folder_for_each_class(touch, tmp_path):
+    root = touch("train", **{"jump/b.mp4": None, "jump/more/a.mp4": None, "go left/x 1.mp4": None})
+    val_root = touch("val", **{"jump/z.mp4": None})
+    make_list("folders", root, tmp_path / "out", "--val_root", val_root, "--modality", "video")
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["go left", "jump"]
+    assert [path for path, *_ in lists["train"]] == ["go left/x 1.mp4", "jump/b.mp4", "jump/more/a.mp4"]
+    assert lists["val"] == [("jump/z.mp4", None, "jump")]
+
+
+def test_a_share_of_each_class_is_held_out_the_same_every_time(touch, tmp_path):
+    sizes = {"a": 20, "b": 10, "c": 2, "d": 1}
+    root = touch("videos", **{f"{name}/{i}.mp4": None for name, size in sizes.items() for i in range(size)})
+    chosen = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        make_list("folders", root, out, "--modality", "video", "--val_share", "0.2", "--seed", seed)
+        lists, _ = read_lists(out, "video")
+        train, val = ({path for path, *_ in lists[part]} for part in ("train", "val"))
+        assert not train & val and len(train | val) == 33
+        counts = [sum(path.startswith(f"{name}/") for path in val) for name in "abcd"]
+        assert counts == [4, 2, 1, 0]
+        chosen.append(val)
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_lists_of_one_folder_share_their_classes(touch, tmp_path):
+    """Lists written one after the other, of which the second lacks a class, would number the classes differently."""
+    root = touch("videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None})
+    header = "label,youtube_id,time_start,time_end\n"
+    train = write(tmp_path / "train.csv", f"{header}a,1,0,10\nb,2,0,10\n")
+    val = write(tmp_path / "val.csv", f"{header}b,2,0,10\n")
+    options = ["kinetics", root, tmp_path / "out", "--modality", "video"]
+    make_list(*options, "--train", train)
+    with pytest.raises(DataError, match="out/classes.csv: is there and does not number these 1 classes alike"):
+        make_list(*options, "--val", val)
+    assert not (tmp_path / "out" / "val_videos.txt").exists()
+    make_list(*options, "--train", train, "--val", val)
+    assert read_lists(tmp_path / "out", "video")[0]["val"] == [("b/2_000000_000010.mp4", None, "b")]
+
+
+def test_missing_videos_stop_the_lists_unless_they_may_be_left_out(touch, tmp_path, capsys):
+    root = touch("videos", **{"7.webm": None})
+    labels = write(tmp_path / "labels.csv", "Holding something\n")
+    train = write(tmp_path / "train.csv", "7;Holding something\n8;Holding something\n\n9;Holding something\n")
+    out = tmp_path / "out"
+    options = ["something-v1", root, out, "--train", train, "--labels", labels, "--modality", "video"]
+    with pytest.raises(DataError, match="out/missing.txt: names what is missing: 2 of 3 videos are not on disk"):
+        make_list(*options)
+    assert [path.name for path in out.iterdir()] == ["missing.txt"]
+    assert (out / "missing.txt").read_text() == f"{train}:2: 8\n{train}:4: 9\n"
+    make_list(*options, "--leave_out_missing")
+    assert read_lists(out, "video")[0] == {"train": [("7.webm", None, "Holding something")]}
+    assert "2 of 3 videos are not on disk and left out" in capsys.readouterr().out
+    touch("videos", **{"8.webm": None, "9.webm": None})
+    make_list(*options)
+    assert not (out / "missing.txt").exists() and len(read_lists(out, "video")[0]["train"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("videos", "complaint"),
+    [
+        ({"a/x": 3, "a/y": range(0, 3)}, "frames are numbered from 0 in a/y; from 1 in a/x; all must start"),
+        ({"a/x": range(5, 9)}, "frames are numbered from 5 in a/x; all must start at 0, or all at 1"),
+        ({"a": 3}, "frames/a: is in no class folder"),
+        ({"a/x.mp4": None}, "frames: no folders of frames like img_00001.jpg in it; check --modality and"),
+        ({"a /x": 2, " b/y": 2}, "' b/y': such a path cannot stand in a list"),
+        ({"a/line\nbreak": 2}, "such a path cannot stand in a list"),
+    ],
+)
+def test_folders_that_make_no_list(touch, tmp_path, videos, complaint):
+    root = touch("frames", **videos)
+    with pytest.raises(DataError, match=complaint):
+        make_list("folders", root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_from_0_and_gaps_are_stated(touch, tmp_path, capsys):
+    root = touch("frames", **{"a/x": range(0, 4), "a/y": [0, 1, 3]})
+    make_list("folders", root, tmp_path / "out")
+    output = capsys.readouterr().out
+    assert "index_base: 0" in output and "warning: 1 folders lack some of their frames, such as a/y" in output
+    assert (tmp_path / "out" / "train.txt").read_text() == "a/x 4 0\na/y 3 0\n"
+
+
+def test_a_name_that_is_there_twice_is_refused(touch, tmp_path):
+    root = touch("videos", **{"one/7.webm": None, "two/7.mp4": None})
+    labels = write(tmp_path / "labels.csv", "Holding something\n")
+    train = write(tmp_path / "train.csv", "7;Holding something\n")
+    with pytest.raises(DataError, match=r"train.csv:1: 7 is there 2 times below .*: one/7.webm and two/7.mp4"):
+        make_list("something-v1", root, tmp_path / "out", "--train", train, "--labels", labels, "--modality", "video")
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "complaint"),
+    [
+        (
+            "kinetics",
+            {"train": "label,youtube_id\nx,y\n"},
+            r"train:1: the header must name .*, but time_start is missing",
+        ),
+        (
+            "kinetics",
+            {"train": "label,youtube_id,time_start,time_end\n\nx,y,a,b\n"},
+            r"train:3: times in seconds and 4 columns expected",
+        ),
+        ("kinetics", {}, "no annotation file: give --train, --val or both"),
+        ("something-v1", {"train": "7,Holding\n", "labels": "Holding\n"}, "train:1: a line must read 'id;class'"),
+        ("something-v1", {"train": "7;Folding\n", "labels": "Holding\n"}, "train:1: 'Folding' is no class"),
+        ("something-v2", {"train": "[{]", "labels": '{"a": "0"}'}, "train: is not valid JSON"),
+        ("something-v2", {"train": "{}", "labels": '{"a": "0"}'}, "train: must hold a JSON list"),
+        ("something-v2", {"train": '[{"id": "7"}]', "labels": '{"a": "0"}'}, "train: entry 1: must have an id and a"),
+        ("something-v2", {"train": "[]", "labels": '{"a": "b"}'}, "labels: must hold {name: index, ...}"),
+        ("ucf101", {"train": "A/v.avi 1\n", "labels": "2 A\n"}, "labels:1: a line must read '1 Class', got '2 A'"),
+        ("ucf101", {"train": "B/v.avi 1\n", "labels": "1 A\n"}, "train:1: 'Class/video.avi' with a class of the label"),
+        ("ucf101", {"train": "A/v.avi 2\n", "labels": "1 A\n"}, "train:1: A is number 1 in the label file"),
+    ],
+)
+def test_files_of_another_format_are_named_with_their_line(touch, tmp_path, source, files, complaint):
+    root = touch("videos", **{"7.webm": None})
+    options = [part for name, text in files.items() for part in (f"--{name}", write(tmp_path / name, text))]
+    with pytest.raises(UserError, match=complaint) as caught:
+        make_list(source, root, tmp_path / "out", *options, "--modality", "video")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_hmdb51_without_its_files_and_with_a_wrong_line(touch, tmp_path):
+    root = touch("videos", **{"a/7.avi": None})
+    (tmp_path / "splits").mkdir()
+    options = ["hmdb51", root, tmp_path / "out", "--splits", tmp_path / "splits"]
+    with pytest.raises(DataError, match="splits: no file like brush_hair_test_split1.txt"):
+        make_list(*options)
+    write(tmp_path / "splits" / "a_test_split1.txt", "7.avi 1\n8.avi 3\n")
+    with pytest.raises(DataError, match="a_test_split1.txt:2: a line must read 'video.avi' and 0, 1 or 2"):
+        make_list(*options)
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5"])
+def test_a_share_is_a_part(touch, tmp_path, share):
+    root = touch("videos", **{"a/7.avi": None})
+    with pytest.raises(UserError, match="--val_share: must be above 0 and below 1"):
+        make_list("folders", root, tmp_path / "out", "--modality", "video", "--val_share", share)
+    with pytest.raises(UserError, match="--val_share: not together with --val_root"):
+        make_list("folders", root, tmp_path / "out", "--modality", "video", "--val_share", "0.5", "--val_root", root)
+
+
+def test_a_validation_class_without_training_folder_is_refused(touch, tmp_path):
+    root, val_root = touch("train", **{"a/7.avi": None}), touch("val", **{"a/8.avi": None, "b/9.avi": None})
+    with pytest.raises(DataError, match="val/b: no such class folder in .*train"):
+        make_list("folders", root, tmp_path / "out", "--modality", "video", "--val_root", val_root)
