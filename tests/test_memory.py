@@ -190,7 +190,7 @@ network = {"arch": "timm/vit_base_patch16_224", "init": True, "weights": path, "
            "backbone_dtype": dtype, "side_variant": None, "side_layers": None,
            "backbone_kwargs": {"embed_dim": width, "depth": depth, "num_heads": width // 64}}
 config = DotMap({"network": network, "data": {"input_size": 32, "num_classes": 5}}, _dynamic=False)
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)  # ends with a program that fails
 watcher.start()
 model = build_model(config)
 done.set()
