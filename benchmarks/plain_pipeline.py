@@ -93,11 +93,12 @@ def train_clip(
 
 
 def rand_augment(frames: Sequence[Image.Image], seed: int) -> list[Image.Image]:
-    """timm's RandAugment of every frame, with the same draws."""
+    """timm's RandAugment of every frame, with the same draws; those that `seeded_globals(seed)` gives."""
+    word = int(np.random.SeedSequence(seed).generate_state(1)[0])
     augmented = []
     for frame in frames:
-        random.seed(seed)
-        np.random.seed(seed)
+        random.seed(word)
+        np.random.seed(word)
         augmented.append(RAND_AUGMENT(frame))
     return augmented
 
