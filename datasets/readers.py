@@ -6,6 +6,7 @@ be read is a DataError that names its file.
 
 import contextlib
 import importlib
+import io
 import itertools
 import os
 import re
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
@@ -26,12 +28,18 @@ from utils.errors import ConfigError, DataError, UserError
 LONGEST_SKIP = 64
 
 
+JPEG_START = b"\xff\xd8"
+
+
 @dataclass(frozen=True)
 class Video:
-    """An opened video: `read(indices)`, to be called once, gives the RGB frames at ascending, distinct indices."""
+    """An opened video: `read(indices)`, to be called once, gives the frames at ascending, distinct indices.
+
+    A frame is RGB, uint8 (H, W, 3), contiguous.
+    """
 
     num_frames: int
-    read: Callable[[Sequence[int]], list[Image.Image]]
+    read: Callable[[Sequence[int]], list[np.ndarray]]
 
 
 class Reader(Protocol):
@@ -77,17 +85,29 @@ class FrameFolderReader:
             f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
         )
 
-    def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> Image.Image:
+    def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + 1))
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            with open(path, "rb") as file:
+                return decode_image(file.read())
         except FileNotFoundError as error:
             problem, advice, cause = "frame missing", "check the data root, data.image_tmpl and num_frames", error
         except Exception as error:  # broken files make Pillow raise many kinds, SyntaxError and struct.error among them
             problem, advice, cause = f"frame unreadable ({error})", "extract it again", error
         listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
         raise DataError(f"{path}: {problem}; {listed}; {advice}") from cause
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """The pixels of an image file as Pillow decodes it, RGB, uint8 (H, W, 3), or Pillow's error.
+
+    simplejpeg gives the same pixels of a JPEG file sooner, where it finds nothing amiss; Pillow takes all other files.
+    """
+    if data.startswith(JPEG_START):
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(data)
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
 
 
 class VideoFileReader:
@@ -111,9 +131,9 @@ class VideoFileReader:
         with self._named_errors(path, record):
             video = {"decord": DecordVideo, "pyav": PyAVVideo}[self.decoder](path)
 
-        def read(indices: Sequence[int]) -> list[Image.Image]:
+        def read(indices: Sequence[int]) -> list[np.ndarray]:
             with self._named_errors(path, record):
-                return [Image.fromarray(frame) for frame in video.read(indices)]
+                return video.read(indices)
 
         return Video(video.num_frames, read)
 
