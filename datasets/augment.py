@@ -19,10 +19,13 @@ from utils.seeding import seeded_globals
 @njit(cache=True)
 def grayscale(clip: np.ndarray) -> None:
     """Pillow's luma, `convert("L")`, in all three channels of a uint8 clip (T, 3, H, W), which it changes."""
+    gray = np.empty(clip.shape[3], np.uint8)
     for frame in clip:
         for y in range(clip.shape[2]):
-            for x in range(clip.shape[3]):
-                frame[:, y, x] = luma(frame[0, y, x], frame[1, y, x], frame[2, y, x])
+            red, green, blue = frame[0, y], frame[1, y], frame[2, y]
+            for x in range(len(gray)):
+                gray[x] = luma(red[x], green[x], blue[x])
+            frame[:, y] = gray
 
 
 class BatchAugment:

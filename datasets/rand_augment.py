@@ -100,7 +100,7 @@ def _equalize(frame: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
 
 
 def _contrast(frame: np.ndarray, levels: np.ndarray | None, factor: float) -> np.ndarray:
-    total = _sum_ofluma(frame, _IDENTITY if levels is None else levels)
+    total = _sum_of_luma(frame, _IDENTITY if levels is None else levels)
     mean = int(total / (frame.shape[0] * frame.shape[1]) + 0.5)
     return _table_of(Image.blend(Image.new("RGB", _RAMP.size, (mean, mean, mean)), _RAMP, factor))
 
@@ -143,7 +143,7 @@ def _translate_y(frame: np.ndarray, share: float) -> np.ndarray:
 
 
 def _color(frame: np.ndarray, factor: float) -> np.ndarray:
-    return _blend_withluma(frame, np.float32(factor))
+    return _blend_with_luma(frame, np.float32(factor))
 
 
 def _sharpness(frame: np.ndarray, factor: float) -> np.ndarray:
@@ -173,7 +173,7 @@ def _count(frame):
 
 
 @njit(cache=True)
-def _sum_ofluma(frame, levels):
+def _sum_of_luma(frame, levels):
     total = 0
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
@@ -185,7 +185,8 @@ def _sum_ofluma(frame, levels):
 @njit(cache=True)
 def luma(red, green, blue):
     """Pillow's, of `convert("L")`."""
-    return (np.int32(19595) * red + np.int32(38470) * green + np.int32(7471) * blue + np.int32(32768)) >> 16
+    weighted = np.int32(19595) * np.int32(red) + np.int32(38470) * np.int32(green) + np.int32(7471) * np.int32(blue)
+    return np.uint8(np.int32(weighted + 32768) >> 16)
 
 
 @njit(cache=True)
@@ -206,7 +207,7 @@ def _replaced(frame, levels):
 
 
 @njit(cache=True)
-def _blend_withluma(frame, factor):
+def _blend_with_luma(frame, factor):
     out = np.empty_like(frame)
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):

@@ -99,12 +99,21 @@ def _is_copy(table: Table) -> bool:
 
 
 def _fixed(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous int64 (n,) and int32 (n, taps): shares rounded as Pillow does, halves away from zero."""
-    shares = (table.weights * (1 << _BITS) + np.copysign(0.5, table.weights)).astype(np.int32)
-    used = int(np.flatnonzero(shares.any(axis=0))[-1]) + 1
-    padded = np.zeros((len(shares), -(-used // _GROUP) * _GROUP), np.int32)
-    padded[:, :used] = shares[:, :used]
-    return np.ascontiguousarray(table.first), padded
+    """Contiguous int64 (n,) and int32 (n, taps)."""
+    return np.ascontiguousarray(table.first), _shares(table.weights)
+
+
+@njit(cache=True)
+def _shares(weights):
+    """Rounded as Pillow does, halves away from zero; without what is zero for all pixels at the end."""
+    new, used = weights.shape
+    while used > 1 and not weights[:, used - 1].any():
+        used -= 1
+    shares = np.zeros((new, -(-used // _GROUP) * _GROUP), np.int32)
+    for i in range(new):
+        for k in range(used):
+            shares[i, k] = int(weights[i, k] * (1 << _BITS) + (0.5 if weights[i, k] >= 0 else -0.5))
+    return shares
 
 
 @njit(cache=True)

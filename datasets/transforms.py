@@ -40,8 +40,8 @@ class TrainTransform:
     flip_labels: Mapping[int, int]
     rand_aug: bool = False
 
-    def __call__(self, frames: Sequence[np.ndarray], label: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
-        """(uint8 (T, 3, S, S), label)."""
+    def __call__(self, frames: Sequence[np.ndarray], label: int, rng: np.random.Generator, clip: torch.Tensor) -> int:
+        """Fill `clip`, uint8 (T, 3, S, S), and return its label."""
         operations = draw_operations(int(rng.integers(2**32))) if self.rand_aug else ()
         size = resize_size(*_size(frames[0]), self.protocol, self.input_size)
         crop = draw_crop(*size, self.input_size, rng)
@@ -56,13 +56,12 @@ class TrainTransform:
             )
             return Resample(across.mirrored() if flip else across, down)
 
-        clip = torch.empty(len(frames), 3, self.input_size, self.input_size, dtype=torch.uint8)
         for frame, pixels in zip(frames, clip.numpy(), strict=True):
             frame, levels = rand_augment(frame, operations)
             resample_from(*_size(frame))(frame, pixels, levels)
         if gray:
             grayscale(clip.numpy())
-        return clip, self.flip_labels.get(label, label) if flip else label
+        return self.flip_labels.get(label, label) if flip else label
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,13 @@ class TrainVideoDataset(VideoDataset):
         video = self.reader.open(record)
         distinct, places = self.read_distinct(video, self.sample(video.num_frames, epoch, index))
         frames = [distinct[place] for place in places]
-        rngs = [sample_rng(self.seed, epoch, index, repeat) for repeat in range(self.num_sample)]
-        clips, labels = zip(*(self.transform(frames, record.label, rng) for rng in rngs), strict=True)
-        return {"clips": torch.stack(clips), "labels": torch.tensor(labels), "indices": torch.tensor([index])}
+        size = self.transform.input_size
+        clips = torch.empty(self.num_sample, self.num_segments, 3, size, size, dtype=torch.uint8)
+        labels = [
+            self.transform(frames, record.label, sample_rng(self.seed, epoch, index, repeat), clip)
+            for repeat, clip in enumerate(clips)
+        ]
+        return {"clips": clips, "labels": torch.tensor(labels), "indices": torch.tensor([index])}
 
     def sample(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         """Frame indices (T,) of one sample."""
