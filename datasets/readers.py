@@ -105,8 +105,9 @@ def decode_image(data: bytes) -> np.ndarray:
     """
     if data.startswith(JPEG_START):
         with contextlib.suppress(ValueError):
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            return simplejpeg.decode_jpeg(data, buffer=_MEMORY.take(height * width * 3))
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours not in ("CMYK", "YCCK"):  # which libjpeg turns into RGB by another rule than Pillow
+                return simplejpeg.decode_jpeg(data, buffer=_MEMORY.take(height * width * 3))
     with Image.open(io.BytesIO(data)) as image:
         return np.array(image.convert("RGB"))
 

@@ -91,7 +91,7 @@ class EvalTransform:
             for view, (x, y) in zip(views.numpy(), corners - upper_left, strict=False):
                 view[places == number] = window[:, y : y + self.input_size, x : x + self.input_size]
         if self.num_crops == 10:
-            torch.flip(views[:5], (-1,), out=views[5:])
+            views[5:] = views[:5].flip(-1)
         return views
 
 
