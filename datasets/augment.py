@@ -1,31 +1,16 @@
-"""What is done to training clips after their crop: grayscale, and on the device timm's erasing and mixup.
+"""What timm adds to training clips on the device: random erasing, mixup and cutmix.
 
 docs/protocol.md section 5. timm treats single images and draws from the global generators of Python and NumPy; here its
 draws are seeded, and hold for all frames of a clip, which timm is shown as channels of one image. B clips, T frames,
 K classes.
 """
 
-import numpy as np
 import torch
-from numba import njit
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from datasets.rand_augment import luma
 from utils.seeding import seeded_globals
-
-
-@njit(cache=True)
-def grayscale(clip: np.ndarray) -> None:
-    """Pillow's luma, `convert("L")`, in all three channels of a uint8 clip (T, 3, H, W), which it changes."""
-    gray = np.empty(clip.shape[3], np.uint8)
-    for frame in clip:
-        for y in range(clip.shape[2]):
-            red, green, blue = frame[0, y], frame[1, y], frame[2, y]
-            for x in range(len(gray)):
-                gray[x] = luma(red[x], green[x], blue[x])
-            frame[:, y] = gray
 
 
 class BatchAugment:

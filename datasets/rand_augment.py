@@ -1,4 +1,4 @@
-"""RandAugment of the frames of a clip, as timm does it to single images, in compiled loops.
+"""RandAugment of the frames of a clip, as timm does it to single images, and grayscale, in compiled loops.
 
 timm draws: which operations, with which arguments. What they do is done here, with Pillow's arithmetic, to arrays uint8
 (H, W, 3). Operations that replace values by values are not carried out: they change the `levels`, uint8 (3, 256), which
@@ -100,7 +100,7 @@ def _equalize(frame: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
 
 
 def _contrast(frame: np.ndarray, levels: np.ndarray | None, factor: float) -> np.ndarray:
-    total = _sum_of_luma(frame, _IDENTITY if levels is None else levels)
+    total = _sum_of__luma(frame, _IDENTITY if levels is None else levels)
     mean = int(total / (frame.shape[0] * frame.shape[1]) + 0.5)
     return _table_of(Image.blend(Image.new("RGB", _RAMP.size, (mean, mean, mean)), _RAMP, factor))
 
@@ -143,7 +143,7 @@ def _translate_y(frame: np.ndarray, share: float) -> np.ndarray:
 
 
 def _color(frame: np.ndarray, factor: float) -> np.ndarray:
-    return _blend_with_luma(frame, np.float32(factor))
+    return _blend_with__luma(frame, np.float32(factor))
 
 
 def _sharpness(frame: np.ndarray, factor: float) -> np.ndarray:
@@ -173,20 +173,32 @@ def _count(frame):
 
 
 @njit(cache=True)
-def _sum_of_luma(frame, levels):
+def _sum_of__luma(frame, levels):
     total = 0
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
             red, green, blue = levels[0, frame[y, x, 0]], levels[1, frame[y, x, 1]], levels[2, frame[y, x, 2]]
-            total += luma(red, green, blue)
+            total += _luma(red, green, blue)
     return total
 
 
 @njit(cache=True)
-def luma(red, green, blue):
+def _luma(red, green, blue):
     """Pillow's, of `convert("L")`."""
     weighted = np.int32(19595) * np.int32(red) + np.int32(38470) * np.int32(green) + np.int32(7471) * np.int32(blue)
     return np.uint8(np.int32(weighted + 32768) >> 16)
+
+
+@njit(cache=True)
+def grayscale(clip: np.ndarray) -> None:
+    """Pillow's luma, `convert("L")`, in all three channels of a uint8 clip (T, 3, H, W), which it changes."""
+    gray = np.empty(clip.shape[3], np.uint8)
+    for frame in clip:
+        for y in range(clip.shape[2]):
+            red, green, blue = frame[0, y], frame[1, y], frame[2, y]
+            for x in range(len(gray)):
+                gray[x] = _luma(red[x], green[x], blue[x])
+            frame[:, y] = gray
 
 
 @njit(cache=True)
@@ -207,12 +219,12 @@ def _replaced(frame, levels):
 
 
 @njit(cache=True)
-def _blend_with_luma(frame, factor):
+def _blend_with__luma(frame, factor):
     out = np.empty_like(frame)
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
             red, green, blue = frame[y, x, 0], frame[y, x, 1], frame[y, x, 2]
-            gray = luma(red, green, blue)
+            gray = _luma(red, green, blue)
             out[y, x, 0] = _blend(gray, red, factor)
             out[y, x, 1] = _blend(gray, green, factor)
             out[y, x, 2] = _blend(gray, blue, factor)

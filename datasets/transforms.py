@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from datasets.augment import grayscale
-from datasets.rand_augment import draw_operations, rand_augment
+from datasets.rand_augment import draw_operations, grayscale, rand_augment
 from datasets.resample import Resample, Table, bicubic, bilinear, resized_twice
 from utils.errors import ConfigError
 

@@ -11,9 +11,9 @@ from test_engine import batch, train
 from test_loaders import assert_equal_batches, epoch_batches, make_config
 from test_transforms import make_frames, plain_clip, train_clip
 
-from datasets.augment import BatchAugment, grayscale
+from datasets.augment import BatchAugment
 from datasets.loaders import build_train_loader
-from datasets.rand_augment import draw_operations
+from datasets.rand_augment import draw_operations, grayscale
 from datasets.transforms import TrainTransform, draw_crop, flip_pairs, normalize_clips
 from modules import build_model
 from utils.seeding import seed_everything
