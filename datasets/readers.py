@@ -5,9 +5,7 @@ be read is a DataError that names its file.
 """
 
 import contextlib
-import importlib
 import io
-import itertools
 import os
 import re
 import sys
@@ -15,19 +13,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
+from datasets.decoders import DecordVideo, PyAVVideo
 from utils.errors import ConfigError, DataError, UserError
 
-# decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
-# it skips fewer at once, it is `next` that finds out a file with fewer frames than counted: it takes no mark for one.
-LONGEST_SKIP = 64
 JPEG_START = b"\xff\xd8"
 
 
@@ -179,93 +174,3 @@ class VideoFileReader:
             advice = "data.decoder=pyav may read it" if self.decoder == "decord" else "fetch or encode it again"
             message = f"{path}: {self.decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
             raise DataError(message) from error
-
-
-class DecordVideo:
-    """A video file through decord, in one pass from the first frame.
-
-    decord's `get_batch` seeks, and then gives other frames than those it is asked for in many kinds of files; its
-    count includes frames that are never shown (docs/numerics.md). This pass has neither flaw and raises an error where
-    frames are missing. It skips as fast, without converting what it skips, where the file has timestamps.
-    """
-
-    def __init__(self, path: str):
-        decord = _import("decord")
-        decord.logging.set_level(decord.logging.QUIET)
-        if _is_mpeg_stream(path):
-            raise ValueError("it may lose the first frames of an MPEG program or transport stream")
-        # With any fault_tol above 0 and below 1 / frames, a copy in place of a frame that is missing is an error.
-        self._decoder = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-        times = self._decoder.get_frame_timestamp(range(len(self._decoder)))[:, 0]
-        self._timed = bool((np.diff(times) > 0).all() and times[-1] >= 0)
-        # Frames before an edit list's start are counted, but the decoder does not give them.
-        self.num_frames = len(times) - (int((times < 0).sum()) if self._timed else 0)
-
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """uint8 (H, W, 3) each."""
-        last, stops = indices[-1], range(indices[-1] + 1)
-        if self._timed:
-            # A skip that ends on a key frame or goes past one is a seek, so it ends before, and `next` takes the step.
-            before_keys = (key - 1 for key in self._decoder.get_key_indices() if 0 < key <= last)
-            stops = sorted({*indices, *before_keys, *range(0, last, LONGEST_SKIP)})
-        wanted, frames, position = set(indices), [], 0
-        for stop in stops:
-            if stop > position:
-                self._decoder.skip_frames(stop - position)
-            frame, position = self._decoder.next(), stop + 1
-            if stop in wanted:
-                frames.append(frame.asnumpy())
-        return frames
-
-
-class PyAVVideo:
-    """A video file through PyAV. It is decoded twice, the first time to count its frames: headers may be wrong.
-
-    A damaged file has the frames before the first packet that cannot be read or decoded.
-    """
-
-    def __init__(self, path: str):
-        self._path = path
-        self.num_frames = sum(1 for _ in self._decode())
-        if self.num_frames == 0:
-            raise ValueError("no frame can be decoded")
-
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """uint8 (H, W, 3) each, turned upright as the file asks for."""
-        wanted, frames = set(indices), []
-        for index, frame in enumerate(itertools.islice(self._decode(), indices[-1] + 1)):
-            if index in wanted:
-                pixels = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")
-                frames.append(np.rot90(pixels, round(frame.rotation / 90)))
-        return frames
-
-    def _decode(self) -> Iterator[Any]:
-        """The frames from first to last. Opens the file anew: to seek to the start is not exact in every format."""
-        av = _import("av")
-        with av.open(self._path) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("it holds no video")
-            stream.codec_context.thread_count = 1
-            with contextlib.suppress(av.FFmpegError):
-                for packet in container.demux(stream):
-                    yield from packet.decode()
-                return
-            with contextlib.suppress(av.FFmpegError):
-                yield from stream.codec_context.decode(None)  # those that wait for their turn in the decoder
-
-
-def _is_mpeg_stream(path: str) -> bool:
-    """Whether the file starts like a transport stream (packets of 188 bytes, or 192 in m2ts) or a program stream."""
-    with open(path, "rb") as file:
-        head = file.read(197).ljust(197, b"\0")
-    return head.startswith(b"\0\0\1\xba") or head[0] == head[188] == 0x47 or head[4] == head[196] == 0x47
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: a shared library that it needs is missing
-        raise ConfigError(
-            f"data.decoder: {name} cannot be imported ({error}); install requirements.txt, or set another decoder"
-        ) from error
