@@ -4,10 +4,13 @@ Index i is the i-th frame that is shown. What a decoder cannot give exactly, it 
 """
 
 import bisect
+import contextlib
+import functools
 import importlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -23,8 +26,8 @@ LONGEST_SKIP = 64
 # Containers that state when each packet is shown.
 TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
-# Bytes of packets that are held while a clip is read; a larger file is decoded twice instead.
-MOST_PACKETS = 2**29
+# Bytes of packets, or of decoded frames, that are held while a clip is read. What needs more is decoded twice instead.
+MOST_HELD = 2**28
 
 
 class VideoFile(Protocol):
@@ -76,29 +79,40 @@ class PyAVVideo:
     """A video file through PyAV.
 
     Where the packets tell all frames (see `PacketTable`), only those that the wanted frames need are decoded, and the
-    times of what comes out are checked. All other files are decoded twice, the first time to count their frames. A
-    damaged one has the frames before the first packet that cannot be read or decoded.
+    times of what comes out are checked. Any other file is decoded whole to count its frames, and once more if they are
+    too large to be held: `decodes_twice`. A damaged one has the frames before the first packet that cannot be read or
+    decoded.
     """
 
     def __init__(self, path: str):
         self._path = path
         self._table = read_packet_table(path)
-        self.num_frames = self._count() if self._table is None else len(self._table.shown)
-        if self.num_frames == 0:
+        self.decodes_twice = self._table is None and decoded_size(path) > MOST_HELD
+        self._held: list[Any] = []
+
+    @functools.cached_property
+    def num_frames(self) -> int:
+        count = len(self._table.shown) if self._table else self._count()
+        if count == 0:
             raise ValueError("no frame can be decoded")
+        return count
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
         """The frames, turned upright as the file asks for."""
-        if self._table is not None and (frames := self._table.read(indices)) is not None:
-            return frames
-        if self._table is not None and (decoded := self._count()) != self.num_frames:
-            raise ValueError(f"{self.num_frames} packets hold a frame, but {decoded} frames can be decoded")
+        if self._table is not None:
+            if (frames := self._table.read(indices)) is not None:
+                return frames
+            if (decoded := sum(1 for _ in self._decode())) != self.num_frames:
+                raise ValueError(f"{self.num_frames} packets hold a frame, but {decoded} frames can be decoded")
         wanted, convert = set(indices), _Converter()
-        frames = enumerate(itertools.islice(self._decode(), indices[-1] + 1))
+        frames = enumerate(itertools.islice(self._held or self._decode(), indices[-1] + 1))
         return [convert(frame) for index, frame in frames if index in wanted]
 
     def _count(self) -> int:
-        return sum(1 for _ in self._decode())
+        if self.decodes_twice:
+            return sum(1 for _ in self._decode())
+        self._held = list(self._decode())
+        return len(self._held)
 
     def _decode(self) -> Iterator[Any]:
         """The frames from first to last. Opens the file anew: to seek to the start is not exact in every format."""
@@ -133,7 +147,7 @@ class PacketTable:
         """The frames at ascending, distinct indices; None if the decoder gives others than the packets tell."""
         errors = _import("av").FFmpegError
         wanted = {self.packets[self.shown[index]].pts for index in indices}
-        needed = self._needed(indices)
+        needed = self.needed(indices)
         times, frames, convert = [], [], _Converter()
         try:
             for packet in [*(self.packets[number] for number in needed), None]:
@@ -146,8 +160,8 @@ class PacketTable:
         expected = sorted(self.packets[number].pts for number in needed if not self.packets[number].is_discard)
         return frames if times == expected else None
 
-    def _needed(self, indices: Sequence[int]) -> list[int]:
-        """The numbers of the packets to decode: from the entry before it to each wanted one, those referred to."""
+    def needed(self, indices: Sequence[int]) -> list[int]:
+        """The numbers of the packets to decode: each wanted one, and from the entry before it on those referred to."""
         needed, place = [], 0
         for number in sorted(self.shown[index] for index in indices):
             entry = self.entries[bisect.bisect_right(self.entries, number) - 1]
@@ -171,7 +185,7 @@ def read_packet_table(path: str) -> PacketTable | None:
         codec = stream.codec_context
         codec.options = {"strict": "1"}  # what does not say how far it reorders is not guessed at
         extradata = codec.extradata or b""
-        if container.format.name not in TIMED_CONTAINERS or container.size > MOST_PACKETS:
+        if container.format.name not in TIMED_CONTAINERS or container.size > MOST_HELD:
             return None
         if codec.name == "vp9":
             parse = vp9_picture
@@ -212,6 +226,16 @@ def read_packet_table(path: str) -> PacketTable | None:
     return PacketTable(codec, packets, pictures, shown, entries)
 
 
+def decoded_size(path: str) -> int:
+    """About how many bytes all frames of a file have once they are decoded: 12 bits a pixel, a frame a packet."""
+    av = _import("av")
+    with av.open(path) as container, contextlib.suppress(av.FFmpegError):
+        stream, packets = _video_stream(container), 0
+        for packets, _ in enumerate(container.demux(stream), 1):  # noqa: B007
+            pass
+    return packets * stream.codec_context.width * stream.codec_context.height * 3 // 2
+
+
 class _Converter:
     """PyAV's frames -> uint8 (H, W, 3), upright, on one thread."""
 
@@ -232,6 +256,28 @@ def _video_stream(container: Any) -> Any:
         raise ValueError("it holds no video")
     stream.codec_context.thread_count = 1
     return stream
+
+
+DECODERS: dict[str, Callable[[str], VideoFile]] = {"pyav": PyAVVideo, "decord": DecordVideo}
+
+
+# Decoder -> its name, and the packages that may bring it.
+_PACKAGES = {"pyav": ("PyAV", "av"), "decord": ("decord", "decord", "decord2")}
+
+
+def describe_decoder(data: Any) -> str | None:
+    """What `data.decoder` stands for, with the versions: "PyAV 18.1.0"; None where no video files are read."""
+    if data.modality != "video":
+        return None
+    names = list(DECODERS) if data.decoder == "auto" else [data.decoder]
+    return " or ".join(f"{_PACKAGES[name][0]} {_version(_PACKAGES[name][1:])}" for name in names)
+
+
+def _version(packages: Sequence[str]) -> str:
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return "(not installed)"
 
 
 def _is_mpeg_stream(path: str) -> bool:

@@ -20,7 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import DecordVideo, PyAVVideo
+from datasets.decoders import DECODERS
 from utils.errors import ConfigError, DataError, UserError
 
 JPEG_START = b"\xff\xd8"
@@ -138,7 +138,8 @@ _MEMORY = FrameMemory()
 class VideoFileReader:
     """Videos stored as files. Index i is the i-th frame in the order of presentation that the decoder gives.
 
-    `decoder` is "decord" or "pyav"; it is imported where it decodes, in the loader's worker.
+    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice, and PyAV for all others.
+    The library is imported where it decodes, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):
@@ -153,24 +154,31 @@ class VideoFileReader:
                 f"{path}: no such video; listed at {record.source}; "
                 "check the data root, and that lines read 'path label'"
             )
-        with self._named_errors(path, record):
-            video = {"decord": DecordVideo, "pyav": PyAVVideo}[self.decoder](path)
+        decoder = "pyav" if self.decoder == "auto" else self.decoder
+        with _named_errors(path, record, decoder):
+            video = DECODERS[decoder](path)
+        if self.decoder == "auto" and video.decodes_twice:
+            decoder = "decord"
+            with _named_errors(path, record, decoder):
+                video = DECODERS[decoder](path)
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            with self._named_errors(path, record):
+            with _named_errors(path, record, decoder):
                 return video.read(indices)
 
-        return Video(video.num_frames, read)
+        with _named_errors(path, record, decoder):
+            return Video(video.num_frames, read)
 
-    @contextlib.contextmanager
-    def _named_errors(self, path: str, record: VideoRecord) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # what a decoder raises is its own affair
-            # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
-            reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
-            advice = "data.decoder=pyav may read it" if self.decoder == "decord" else "fetch or encode it again"
-            message = f"{path}: {self.decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
-            raise DataError(message) from error
+
+@contextlib.contextmanager
+def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what a decoder raises is its own affair
+        # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
+        reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
+        advice = "data.decoder=pyav may read it" if decoder == "decord" else "fetch or encode it again"
+        message = f"{path}: {decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
+        raise DataError(message) from error
