@@ -153,8 +153,8 @@ FIELDS = {
     "data.decoder": Field(
         "str",
         "pyav",
-        "Reads video files, with the same frames: `pyav` reads all kinds, `decord` takes longer and refuses some; `auto` "
-        "is `decord` for what `pyav` would decode twice (long files that are not H.264 or VP9 in mp4, mov, mkv, webm).",
+        "Reads video files, with the same frames: `pyav` reads all kinds, `decord` takes longer and refuses some; "
+        "`auto` is `decord` for what `pyav` would decode twice (large, and not H.264 or VP9 in mp4, mov, mkv or webm).",
         _one_of("pyav", "decord", "auto"),
     ),
     "data.num_segments": Field("int", 8, "Frames of a clip.", _at_least(1)),
