@@ -78,10 +78,9 @@ class DecordVideo:
 class PyAVVideo:
     """A video file through PyAV.
 
-    Where the packets tell all frames (see `PacketTable`), only those that the wanted frames need are decoded, and the
-    times of what comes out are checked. Any other file is decoded whole to count its frames, and once more if they are
-    too large to be held: `decodes_twice`. A damaged one has the frames before the first packet that cannot be read or
-    decoded.
+    Where the packets tell all frames (see `read_packet_table`), it decodes only what the wanted frames need, and checks
+    the times of what comes out. It decodes any other file whole to count the frames, and once more if they are too
+    large to be held: `decodes_twice`. A damaged one has the frames before the first packet that cannot be decoded.
     """
 
     def __init__(self, path: str):
@@ -174,9 +173,7 @@ class PacketTable:
 def read_packet_table(path: str) -> PacketTable | None:
     """The table of an mp4, mov, mkv or webm file with H.264 or VP9, if its packets leave no doubt; else None.
 
-    No doubt means: all packets are whole, in order, have distinct times and show one frame each; the first is an entry;
-    at an entry, no packet is shown across it; in H.264, times reorder the packets if any says that it is reordered,
-    and parameter sets come with entries only.
+    No doubt means: every packet is whole and holds exactly one shown frame, and `presentation` finds their order.
     """
     av = _import("av")
     # As a rule opening a file decodes its beginning; without a decoder it takes a tenth of the time.
@@ -184,46 +181,56 @@ def read_packet_table(path: str) -> PacketTable | None:
         stream = _video_stream(container)
         codec = stream.codec_context
         codec.options = {"strict": "1"}  # what does not say how far it reorders is not guessed at
-        extradata = codec.extradata or b""
-        if container.format.name not in TIMED_CONTAINERS or container.size > MOST_HELD:
-            return None
-        if codec.name == "vp9":
-            parse = vp9_picture
-        elif codec.name == "h264" and len(extradata) > 4 and extradata[0] == 1:
-            length_size = (extradata[4] & 3) + 1
-
-            def parse(packet: memoryview) -> Picture | None:
-                return h264_picture(packet, length_size)
-        else:
+        parse = _header_parser(codec.name, codec.extradata or b"")
+        if parse is None or container.format.name not in TIMED_CONTAINERS or container.size > MOST_HELD:
             return None
         packets, pictures = [], []
         try:
             for packet in container.demux(stream):
                 if packet.size == 0 and packet.pts is None:
                     continue  # what ends the stream
-                picture = None if packet.is_corrupt or packet.pts is None else parse(memoryview(packet))
+                picture = None if packet.is_corrupt else parse(memoryview(packet))
                 if picture is None:
                     return None
                 packets.append(packet)
                 pictures.append(picture)
         except av.FFmpegError:
             return None
-    times = [packet.pts for packet in packets]
-    order = sorted(range(len(packets)), key=times.__getitem__)
-    entries = [number for number, picture in enumerate(pictures) if picture.entry]
-    if not entries or entries[0] != 0 or len(set(times)) < len(times):
+    if (found := presentation([packet.pts for packet in packets], pictures)) is None:
         return None
+    order, entries = found
+    shown = [number for number in order if not packets[number].is_discard]
+    return PacketTable(codec, packets, pictures, shown, entries)
+
+
+def presentation(times: Sequence[int | None], pictures: Sequence[Picture]) -> tuple[list[int], list[int]] | None:
+    """(the numbers of the packets in the order of `times`, those of the entries); None if anything is contradictory.
+
+    Times must be distinct, and reorder packets exactly if a packet says that it is reordered. The first packet must be
+    an entry, no packet may be shown across an entry, and parameter sets may come with entries only.
+    """
+    entries = [number for number, picture in enumerate(pictures) if picture.entry]
+    if not entries or entries[0] != 0 or None in times or len(set(times)) < len(times):
+        return None
+    order = sorted(range(len(times)), key=times.__getitem__)
     if any(picture.reordered for picture in pictures) != (order != list(range(len(order)))):
         return None
-    latest = list(itertools.accumulate(times, max))
-    if any(order[number] != number or number and latest[number - 1] > times[number] for number in entries):
+    latest = list(itertools.accumulate(order, max))
+    if any(number and latest[number - 1] != number - 1 for number in entries):
         return None
     if any(picture.parameter_sets and not picture.entry for picture in pictures):
         return None
     if len({pictures[number].parameter_sets for number in entries}) > 1:
         entries = [0]  # a later entry may need the parameter sets of an earlier one
-    shown = [number for number in order if not packets[number].is_discard]
-    return PacketTable(codec, packets, pictures, shown, entries)
+    return order, entries
+
+
+def _header_parser(codec: str, extradata: bytes) -> Callable[[memoryview], Picture | None] | None:
+    if codec == "vp9":
+        return vp9_picture
+    if codec == "h264" and len(extradata) > 4 and extradata[0] == 1:  # units have a length before them
+        return functools.partial(h264_picture, length_size=(extradata[4] & 3) + 1)
+    return None
 
 
 def decoded_size(path: str) -> int:

@@ -16,7 +16,8 @@ import test as test_program
 import train as train_program
 from datasets import decoders
 from datasets.annotations import VideoRecord
-from datasets.decoders import PyAVVideo, read_packet_table
+from datasets.bitstreams import Picture
+from datasets.decoders import PyAVVideo, presentation, read_packet_table
 from datasets.readers import VideoFileReader
 from utils.errors import ConfigError, DataError
 
@@ -260,6 +261,81 @@ def test_a_seek_to_what_needs_parameters_from_before_is_not_made(tmp_path):
     assert numbers(path, "pyav") == list(range(50))
     assert numbers(path, "pyav", [3, 44]) == [3, 44] and numbers(path, "pyav", [49]) == [49]
     assert read_packet_table(str(path)).entries == [0]
+
+
+(
+    KEY,
+    P,
+    B,
+    R,
+) = (  # an entry, what others refer to, what none refers to, and what others refer to but is shown before them
+    Picture(entry=True, reference=True),
+    Picture(entry=False, reference=True),
+    Picture(entry=False, reference=False, reordered=True),
+    Picture(entry=False, reference=True, reordered=True),
+)
+SETS = Picture(True, True, False, b"one")
+
+
+@pytest.mark.parametrize(
+    ("times", "pictures", "expected"),
+    [
+        ([0], [KEY], ([0], [0])),
+        ([0, 40, 80], [KEY, P, KEY], ([0, 1, 2], [0, 2])),
+        ([0, 120, 40, 80, 160], [KEY, P, R, B, KEY], ([0, 2, 3, 1, 4], [0, 4])),
+        ([7, 9, 8, 12], [SETS, P, B, SETS], ([0, 2, 1, 3], [0, 3])),
+        ([7, 9, 8, 12], [SETS, P, B, KEY], ([0, 2, 1, 3], [0])),
+        ([], [], None),
+        ([0, 40], [P, KEY], None),
+        ([0, None], [KEY, P], None),
+        ([0, 40, 40], [KEY, P, P], None),
+        ([0, 80, 40], [KEY, P, P], None),
+        ([0, 40, 80], [KEY, P, B], None),
+        ([0, 120, 80, 40, 160], [KEY, P, KEY, B, P], None),  # shown before the entry it comes after
+        ([0, 160, 80, 120, 200], [KEY, P, KEY, P, B], None),  # shown after the entry it comes before
+        ([0, 40], [KEY, Picture(False, True, False, b"one")], None),
+    ],
+)
+def test_the_order_of_packets_follows_from_times_that_fit_their_headers(times, pictures, expected):
+    assert presentation(times, pictures) == expected
+
+
+def without_reordering(sets):
+    """The parameter sets of an mp4 file, whose first one no longer says how far frames are reordered."""
+    start = sets.index(b"\x67")
+    size = int.from_bytes(sets[start - 2 : start], "big")
+    unit = sets[start : start + size].replace(b"\0\0\3", b"\0\0")
+    bits, place = "".join(f"{byte:08b}" for byte in unit), 32
+
+    def skip(kinds):
+        nonlocal place
+        for kind in kinds:
+            zeros = bits.index("1", place) - place if kind == "v" else 0
+            place += 2 * zeros + 1
+
+    skip("vvvv11vvvv1vv1")  # up to frame_mbs_only_flag of the High profile
+    assert bits[place - 1] == "1"
+    skip("1")
+    skip("1vvvv" if bits[place] == "1" else "1")
+    assert bits[place] == "1"  # vui_parameters_present_flag
+    kept = bits[:place] + "01"
+    kept = kept.ljust(-(-len(kept) // 8) * 8, "0")
+    unit = int(kept, 2).to_bytes(len(kept) // 8, "big")
+    return sets[: start - 2] + len(unit).to_bytes(2, "big") + unit + sets[start + size :]
+
+
+def test_frames_are_in_order_where_the_stream_does_not_say_how_far_it_reorders(clips, tmp_path):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(clips("B-frames.mp4"))) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        stream.codec_context.extradata = without_reordering(stream.codec_context.extradata)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    for indices in ([0], [11, 12, 13], [3, 10, 22, 30, 49], range(FRAMES)):
+        frames = read_packet_table(str(path)).read(indices)
+        assert [number_of(frame) for frame in frames] == list(indices)
 
 
 def test_times_that_contradict_the_order_of_decoding_are_not_trusted(tmp_path):
