@@ -263,17 +263,10 @@ def test_a_seek_to_what_needs_parameters_from_before_is_not_made(tmp_path):
     assert read_packet_table(str(path)).entries == [0]
 
 
-(
-    KEY,
-    P,
-    B,
-    R,
-) = (  # an entry, what others refer to, what none refers to, and what others refer to but is shown before them
-    Picture(entry=True, reference=True),
-    Picture(entry=False, reference=True),
-    Picture(entry=False, reference=False, reordered=True),
-    Picture(entry=False, reference=True, reordered=True),
-)
+KEY = Picture(entry=True, reference=True)
+P = Picture(entry=False, reference=True)
+B = Picture(entry=False, reference=False, reordered=True)
+R = Picture(entry=False, reference=True, reordered=True)  # a B-frame that others refer to
 SETS = Picture(True, True, False, b"one")
 
 
@@ -325,7 +318,7 @@ def without_reordering(sets):
 
 
 def test_frames_are_in_order_where_the_stream_does_not_say_how_far_it_reorders(clips, tmp_path):
-    path = tmp_path / "clip.mp4"
+    path = tmp_path / "clip.mkv"
     with av.open(str(clips("B-frames.mp4"))) as source, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         stream.codec_context.extradata = without_reordering(stream.codec_context.extradata)
