@@ -27,6 +27,7 @@ from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import sample_test, sample_train
 from datasets.transforms import SOMETHING_FLIP_PAIRS, EvalTransform, TrainTransform, normalize_clips
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
+from utils.config_schema import FIELDS
 from utils.seeding import sample_rng
 
 RESULTS = Path("benchmarks/results/data_engine.txt")
@@ -168,7 +169,7 @@ def all_rows(root: Path) -> list[Row]:
             opened = plain_pipeline.open_video(str(root / kind / f"{video}.mp4"))
             return len(opened), lambda indices: plain_pipeline.read_video(opened, indices)
 
-        reader = VideoFileReader(str(root), "decord")
+        reader = VideoFileReader(str(root), FIELDS["data.decoder"].default)
         rows.append(train_row(f"train from video files, {kind}", goal, kind, reader, open_file, "kinetics", rounds=5))
     return rows
 
