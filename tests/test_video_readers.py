@@ -1,14 +1,17 @@
 """Video files: every decoder gives the frame that an index names, in every kind of file, or says that it cannot."""
 
+import json
 import os
 import struct
 import subprocess
 import sys
 from fractions import Fraction
+from importlib import metadata
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -560,3 +563,27 @@ def test_the_demo_videos_are_scored_as_their_frames_are(config, motion_root, tmp
     assert decord["labels"].tolist() == frames["labels"].tolist()
     assert np.abs(decord["scores"] - pyav["scores"]).max() < 1e-3
     assert np.abs(decord["scores"] - frames["scores"]).max() < 0.02  # one is compressed as JPEG, the other as H.264
+
+
+def test_the_decoder_and_its_version_are_logged_and_stored(config, motion_root, tmp_path, capsys):
+    lists = [f"data.{part}_list={motion_root}/val_videos.txt" for part in ("train", "val")]
+    roots = [f"data.{part}_root={motion_root}/videos" for part in ("train", "val")]
+    videos = ["data.modality=video", *lists, *roots]
+    checkpoint, scores = tmp_path / "run" / "last_model.pt", tmp_path / "scores.npz"
+    train_program.main(["--config", config, "--output", str(tmp_path / "run"), "solver.epochs=1", *videos])
+    name = f"PyAV {av.__version__}"
+    assert f"video files: decoded by {name}\n" in (tmp_path / "run" / "train.log").read_text()
+    assert torch.load(checkpoint, weights_only=True)["decoder"] == name
+
+    def stored(*overrides):
+        capsys.readouterr()
+        arguments = ["--config", config, "--weights", str(checkpoint), "--save_scores", str(scores)]
+        test_program.main([*arguments, *overrides])
+        return json.loads(str(np.load(scores)["protocol"]))["decoder"], capsys.readouterr().out
+
+    decord = f"decord {metadata.version(metadata.packages_distributions()['decord'][0])}"
+    for decoder, expected in {"pyav": name, "decord": decord, "auto": f"{name} or {decord}"}.items():
+        found, output = stored(*videos, f"data.decoder={decoder}")
+        assert found == expected and f"video files: decoded by {expected}\n" in output
+    found, output = stored()
+    assert found is None and "video files" not in output
