@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,9 +23,6 @@ from utils.errors import ConfigError
 # decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
 # it skips fewer at once, it is `next` that finds out a file with fewer frames than counted: it takes no mark for one.
 LONGEST_SKIP = 64
-
-# Containers that state when each packet is shown.
-TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 # Bytes of packets, or of decoded frames, that are held while a clip is read. What needs more is decoded twice instead.
 MOST_HELD = 2**28
@@ -175,17 +173,19 @@ def read_packet_table(path: str) -> PacketTable | None:
 
     No doubt means: every packet is whole and holds exactly one shown frame, and `presentation` finds their order.
     """
-    av = _import("av")
+    av, container_format = _import("av"), _timed_container(path)
+    if container_format is None or os.path.getsize(path) > MOST_HELD:
+        return None
+    packets, pictures = [], []
     # As a rule opening a file decodes its beginning; without a decoder it takes a tenth of the time.
-    with av.open(path, options={"codec_whitelist": "none"}) as container:
-        stream = _video_stream(container)
-        codec = stream.codec_context
-        codec.options = {"strict": "1"}  # what does not say how far it reorders is not guessed at
-        parse = _header_parser(codec.name, codec.extradata or b"")
-        if parse is None or container.format.name not in TIMED_CONTAINERS or container.size > MOST_HELD:
-            return None
-        packets, pictures = [], []
-        try:
+    options = {"codec_whitelist": "none"}
+    try:
+        with av.open(path, format=container_format, options=options) as container:
+            stream = _video_stream(container)
+            codec = stream.codec_context
+            codec.options = {"strict": "1"}  # what does not say how far it reorders is not guessed at
+            if (parse := _header_parser(codec.name, codec.extradata or b"")) is None:
+                return None
             for packet in container.demux(stream):
                 if packet.size == 0 and packet.pts is None:
                     continue  # what ends the stream
@@ -194,8 +194,8 @@ def read_packet_table(path: str) -> PacketTable | None:
                     return None
                 packets.append(packet)
                 pictures.append(picture)
-        except av.FFmpegError:
-            return None
+    except av.FFmpegError:
+        return None
     if (found := presentation([packet.pts for packet in packets], pictures)) is None:
         return None
     order, entries = found
@@ -223,6 +223,15 @@ def presentation(times: Sequence[int | None], pictures: Sequence[Picture]) -> tu
     if len({pictures[number].parameter_sets for number in entries}) > 1:
         entries = [0]  # a later entry may need the parameter sets of an earlier one
     return order, entries
+
+
+def _timed_container(path: str) -> str | None:
+    """What FFmpeg calls the container, by the file's first bytes, if it is one that says when each packet is shown."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    return "mp4" if head[4:] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide") else None
 
 
 def _header_parser(codec: str, extradata: bytes) -> Callable[[memoryview], Picture | None] | None:
