@@ -70,6 +70,8 @@ class DecordVideo:
             frame, position = self._decoder.next(), stop + 1
             if stop in wanted:
                 frames.append(frame.asnumpy())
+        if any(frame.shape[2:] != (3,) for frame in frames):  # decord2 3.4.0, of some files
+            raise ValueError(f"it gives frames of shape {frames[0].shape}, not of three channels")
         return frames
 
 

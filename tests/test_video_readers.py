@@ -492,6 +492,14 @@ def test_both_decoders_give_the_same_pixels(clips, kind):
     assert difference <= (40 if "odd" in kind or "10 bits" in kind else 0)
 
 
+def test_decord_is_refused_where_it_gives_frames_that_are_not_rgb(clips, monkeypatch):
+    decord = pytest.importorskip("decord")
+    four = decord.nd.array(np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8))
+    monkeypatch.setattr(decord.VideoReader, "next", lambda self: four)
+    line = error_line(clips("constant rate.mp4"), "decord")
+    assert "not of three channels" in line and line.endswith("data.decoder=pyav may read it")
+
+
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_both_decoders_turn_a_video_upright(clips, tmp_path, quarters):
     data = bytearray(clips("constant rate.mp4").read_bytes())
