@@ -79,8 +79,8 @@ def compare(folder: Path, name: str) -> str:
             started = time.perf_counter()
             frames[decoder] = read(folder, name, decoder, np.random.default_rng(round_))
             column.append(time.perf_counter() - started)
-        assert np.array_equal(frames["pyav"], frames["decord"]), f"{name}: other frames"
-        same &= np.array_equal(frames["pyav"], frames["plain"])
+        assert same_frames(frames["pyav"], frames["decord"]), f"{name}: other frames"
+        same &= same_frames(frames["pyav"], frames["plain"])
     plain = seconds["plain"][1:]  # the first round warms up
     ours = []
     for decoder in DECODERS:
@@ -88,6 +88,11 @@ def compare(folder: Path, name: str) -> str:
         ours.append(f"{decoder} {statistics.median(seconds[decoder][1:]) * 1e3:.1f} ms (ratio {ratio:.2f})")
     wrong = "" if same else ", with other frames than asked for"
     return f"{name}: plain decord {statistics.median(plain) * 1e3:.1f} ms{wrong}, {', '.join(ours)}"
+
+
+def same_frames(ours: list[np.ndarray], others: list[np.ndarray]) -> bool:
+    """MPEG-4's inverse transform is not exact: versions of FFmpeg differ by a grey level or two."""
+    return np.shape(ours) == np.shape(others) and np.abs(np.subtract(ours, others, dtype=int)).max() <= 2
 
 
 def measure_memory(folder: Path, decoder: str, clips: int) -> list[float]:
