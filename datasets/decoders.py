@@ -191,7 +191,9 @@ def read_packet_table(path: str) -> PacketTable | None:
             for packet in container.demux(stream):
                 if packet.size == 0 and packet.pts is None:
                     continue  # what ends the stream
-                picture = None if packet.is_corrupt else parse(memoryview(packet))
+                # Extradata with a packet are other parameter sets, which a seek would miss.
+                told = not packet.is_corrupt and not packet.has_sidedata("new_extradata")
+                picture = parse(memoryview(packet)) if told else None
                 if picture is None:
                     return None
                 packets.append(packet)

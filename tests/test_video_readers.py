@@ -357,6 +357,33 @@ def test_what_the_decoder_gives_is_checked_against_the_packets(clips):
     assert [number_of(frame) for frame in video.read([5, 6])] == [5, 6]
 
 
+def test_packets_that_bring_other_parameter_sets_beside_them_are_not_trusted(clips, monkeypatch):
+    """As the demuxer gives them of an mp4 file that was put together from two."""
+
+    class Container:
+        def __init__(self, path, **options):
+            self.container = av.container.open(path, **options)
+            self.streams = self.container.streams
+
+        def demux(self, stream):
+            for number, packet in enumerate(self.container.demux(stream)):
+                if number == 20:
+                    packet.set_sidedata(av.packet.PacketSideData(1, 4))
+                    assert packet.has_sidedata("new_extradata")
+                yield packet
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.container.close()
+
+    path = str(clips("B-frames.mp4"))
+    assert read_packet_table(path) is not None
+    monkeypatch.setattr(av, "open", Container)
+    assert read_packet_table(path) is None
+
+
 @pytest.mark.parametrize("kind", ["B-frames.mp4", "VP9, a single key.webm", "10 bits.mp4"])
 def test_packets_that_do_not_tell_the_frames_are_decoded_whole(clips, monkeypatch, kind):
     monkeypatch.setattr(decoders, "read_packet_table", lambda path: None)
