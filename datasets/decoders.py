@@ -48,7 +48,7 @@ class DecordVideo:
     def __init__(self, path: str):
         decord = _import("decord")
         decord.logging.set_level(decord.logging.QUIET)
-        if _is_mpeg_stream(path):
+        if is_mpeg_stream(path):
             raise ValueError("it may lose the first frames of an MPEG program or transport stream")
         # With any fault_tol above 0 and below 1 / frames, a copy in place of a frame that is missing is an error.
         self._decoder = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
@@ -300,7 +300,7 @@ def _version(packages: Sequence[str]) -> str:
     return "(not installed)"
 
 
-def _is_mpeg_stream(path: str) -> bool:
+def is_mpeg_stream(path: str) -> bool:
     """Whether the file starts like a transport stream (packets of 188 bytes, or 192 in m2ts) or a program stream."""
     with open(path, "rb") as file:
         head = file.read(197).ljust(197, b"\0")

@@ -20,7 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import DECODERS
+from datasets.decoders import DECODERS, is_mpeg_stream
 from utils.errors import ConfigError, DataError, UserError
 
 JPEG_START = b"\xff\xd8"
@@ -138,8 +138,8 @@ _MEMORY = FrameMemory()
 class VideoFileReader:
     """Videos stored as files. Index i is the i-th frame in the order of presentation that the decoder gives.
 
-    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice, and PyAV for all others.
-    The library is imported where it decodes, in the loader's worker.
+    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice, unless it is an MPEG stream,
+    which decord refuses, and PyAV for all others. The library is imported where it decodes, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):
@@ -157,7 +157,7 @@ class VideoFileReader:
         decoder = "pyav" if self.decoder == "auto" else self.decoder
         with _named_errors(path, record, decoder):
             video = DECODERS[decoder](path)
-        if self.decoder == "auto" and video.decodes_twice:
+        if self.decoder == "auto" and video.decodes_twice and not is_mpeg_stream(path):
             decoder = "decord"
             with _named_errors(path, record, decoder):
                 video = DECODERS[decoder](path)

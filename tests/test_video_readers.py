@@ -396,6 +396,7 @@ def test_packets_that_do_not_tell_the_frames_are_decoded_whole(clips, monkeypatc
 
 def test_auto_is_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path, monkeypatch):
     taken = []
+    write(tmp_path / "clip.ts", b_frames=3)
     for name, library in decoders.DECODERS.items():
         monkeypatch.setitem(
             decoders.DECODERS, name, lambda path, name=name, library=library: taken.append(name) or library(path)
@@ -406,10 +407,12 @@ def test_auto_is_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path,
         (2**28, "MPEG-4, B-frames.avi", ["pyav"]),
         (2**20, "B-frames.mp4", ["pyav"]),
         (2**18, "MPEG-4, B-frames.avi", ["pyav", "decord"]),
+        (2**18, tmp_path / "clip.ts", ["pyav"]),
     ):
         monkeypatch.setattr(decoders, "MOST_HELD", held)
         taken.clear()
-        assert numbers(clips(kind), "auto") == list(range(FRAMES))
+        path = clips(kind) if kind in KINDS else kind
+        assert numbers(path, "auto") == list(range(FRAMES))
         assert taken == expected
     write(tmp_path / "empty.avi", frames=40, codec="mpeg4", keys=1000, empty=5)
     with pytest.raises(DataError, match="empty.avi: decord cannot read it .*data.decoder=pyav may read it$"):
