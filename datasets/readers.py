@@ -138,8 +138,8 @@ _MEMORY = FrameMemory()
 class VideoFileReader:
     """Videos stored as files. Index i is the i-th frame in the order of presentation that the decoder gives.
 
-    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice, unless it is an MPEG stream,
-    which decord refuses, and PyAV for all others. The library is imported where it decodes, in the loader's worker.
+    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice (MPEG streams apart, which
+    decord refuses), and PyAV for all others. The library is imported where it decodes, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):
