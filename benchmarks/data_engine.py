@@ -195,9 +195,10 @@ def compare(row: Row) -> list[str]:
     plain, ours = (statistics.median(column) for column in zip(*seconds[1:], strict=True))  # the first warms up
     ratio = statistics.median(a / b for a, b in seconds[1:])
     found = {row.check(0, video) for video in range(VIDEOS_OF_A_KIND)}
+    goal = f"to reach {row.goal}" if row.goal else "no goal set"
     return [
         f"{row.name}: plain {clips / plain:.2f} clips/s, ours {clips / ours:.2f} clips/s, ratio {ratio:.2f} "
-        f"({f'to reach {row.goal}' if row.goal else 'no goal set'}), {sizes[0]} and {sizes[1]} bytes a clip (ratio {sizes[0] / sizes[1]:.2f}), "
+        f"({goal}), {sizes[0]} and {sizes[1]} bytes a clip (ratio {sizes[0] / sizes[1]:.2f}), "
         f"{', '.join(sorted(found))}, pixels {statistics.mean(difference):.2f} grey levels apart on average"
     ]
 

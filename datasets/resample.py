@@ -16,7 +16,7 @@ from numba import njit
 
 _BITS = 22
 _HALF, _BLACK, _WHITE = np.int32(1 << (_BITS - 1)), np.int32(0), np.int32(255)  # of one type, for speed
-_GROUP = 4  # pixels that are summed in one go: a table's rows are filled up with zeros to a multiple of it
+_GROUP = 2  # pixels that are summed in one go: a table's rows are filled up with zeros to a multiple of it
 _ROWS = 64  # rows of a frame that pass side by side: as many bytes as the widest registers have
 _READ = 32  # rows that are read side by side: more would not stay in the nearest cache
 
@@ -202,24 +202,13 @@ def _pass_across(frame, levels, first, shares, first_row, rows, out):
                             columns[x - left, part + r] = frame[top + part + r, x, c]
             for x in range(width):
                 place = first[x] - left
-                s0, s1, s2, s3 = shares[x, 0], shares[x, 1], shares[x, 2], shares[x, 3]
+                s0, s1 = shares[x, 0], shares[x, 1]
                 for r in range(_ROWS):
-                    sums[r] = (
-                        _HALF
-                        + s0 * np.int32(columns[place, r])
-                        + s1 * np.int32(columns[place + 1, r])
-                        + s2 * np.int32(columns[place + 2, r])
-                        + s3 * np.int32(columns[place + 3, r])
-                    )
+                    sums[r] = _HALF + s0 * np.int32(columns[place, r]) + s1 * np.int32(columns[place + 1, r])
                 for k in range(_GROUP, taps, _GROUP):
-                    s0, s1, s2, s3 = shares[x, k], shares[x, k + 1], shares[x, k + 2], shares[x, k + 3]
+                    s0, s1 = shares[x, k], shares[x, k + 1]
                     for r in range(_ROWS):
-                        sums[r] += (
-                            s0 * np.int32(columns[place + k, r])
-                            + s1 * np.int32(columns[place + k + 1, r])
-                            + s2 * np.int32(columns[place + k + 2, r])
-                            + s3 * np.int32(columns[place + k + 3, r])
-                        )
+                        sums[r] += s0 * np.int32(columns[place + k, r]) + s1 * np.int32(columns[place + k + 1, r])
                 for r in range(_ROWS):
                     passed[x, r] = min(max(np.int32(sums[r] >> _BITS), _BLACK), _WHITE)
             for r in range(block - top, min(_ROWS, first_row + rows - top)):
@@ -235,23 +224,12 @@ def _pass_down(lines, first, shares, out):
     for c in range(3):
         for y in range(height):
             row = first[y]
-            s0, s1, s2, s3 = shares[y, 0], shares[y, 1], shares[y, 2], shares[y, 3]
+            s0, s1 = shares[y, 0], shares[y, 1]
             for x in range(width):
-                sums[x] = (
-                    _HALF
-                    + s0 * np.int32(lines[c, row, x])
-                    + s1 * np.int32(lines[c, row + 1, x])
-                    + s2 * np.int32(lines[c, row + 2, x])
-                    + s3 * np.int32(lines[c, row + 3, x])
-                )
+                sums[x] = _HALF + s0 * np.int32(lines[c, row, x]) + s1 * np.int32(lines[c, row + 1, x])
             for k in range(_GROUP, shares.shape[1], _GROUP):
-                s0, s1, s2, s3 = shares[y, k], shares[y, k + 1], shares[y, k + 2], shares[y, k + 3]
+                s0, s1 = shares[y, k], shares[y, k + 1]
                 for x in range(width):
-                    sums[x] += (
-                        s0 * np.int32(lines[c, row + k, x])
-                        + s1 * np.int32(lines[c, row + k + 1, x])
-                        + s2 * np.int32(lines[c, row + k + 2, x])
-                        + s3 * np.int32(lines[c, row + k + 3, x])
-                    )
+                    sums[x] += s0 * np.int32(lines[c, row + k, x]) + s1 * np.int32(lines[c, row + k + 1, x])
             for x in range(width):
                 out[c, y, x] = min(max(np.int32(sums[x] >> _BITS), _BLACK), _WHITE)
