@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.annotations import UNLABELLED
+from datasets.decoders import describe_decoder
 from datasets.loaders import build_eval_loader
 from modules import build_model, resolve_input_size
 from utils.atomic import write_atomically
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> None:
             "precision": precision.name,
             "checkpoint": str(args.weights),
             "list": config.data.val_list,
+            "decoder": describe_decoder(config.data),
         }
         paths = [record.path for record in loader.dataset.records]
         save_scores(Path(args.save_scores), paths, labels, scores, protocol, names)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from dotmap import DotMap
 
+from datasets.decoders import describe_decoder
 from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
 from modules import build_model, resolve_input_size
 from modules.side4video import Side4Video
@@ -119,6 +120,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
                 "best_accuracy": best,
                 "config": config.toDict(),
                 "class_names": class_names,
+                "decoder": describe_decoder(config.data),
             }
             save_checkpoint(output / LAST, state)
             if improved:

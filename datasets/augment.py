@@ -1,42 +1,16 @@
-"""What timm adds to training clips: RandAugment before the resize, erasing and mixup on the device.
+"""What timm adds to training clips on the device: random erasing, mixup and cutmix.
 
 docs/protocol.md section 5. timm treats single images and draws from the global generators of Python and NumPy; here its
-draws are seeded, and hold for all frames of a clip: RandAugment by replaying them for each frame, erasing and mixup by
-showing timm the frames of a clip as channels of one image. B clips, T frames, K classes.
+draws are seeded, and hold for all frames of a clip, which timm is shown as channels of one image. B clips, T frames,
+K classes.
 """
 
-from collections.abc import Sequence
-
 import torch
-from PIL.Image import Image, Resampling
-from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from utils.seeding import seeded_globals
-
-RAND_AUGMENT = rand_augment_transform(
-    "rand-m7-n4-mstd0.5-inc1",
-    {"translate_const": 115, "img_mean": (128, 128, 128), "interpolation": Resampling.BICUBIC},
-)
-
-
-def rand_augment(frames: Sequence[Image], seed: int) -> list[Image]:
-    """The same operations, magnitudes and signs on every frame; `seed` decides which."""
-
-    def augment(frame: Image) -> Image:
-        with seeded_globals(seed):
-            return RAND_AUGMENT(frame)
-
-    return [augment(frame) for frame in frames]
-
-
-def grayscale(clip: Tensor) -> Tensor:
-    """Pillow's luma, `convert("L")`, in all three channels of a uint8 clip (T, 3, H, W)."""
-    red, green, blue = clip.int().unbind(1)
-    luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
-    return luma.to(torch.uint8).unsqueeze(1).repeat(1, 3, 1, 1)
 
 
 class BatchAugment:

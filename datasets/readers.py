@@ -5,33 +5,36 @@ be read is a DataError that names its file.
 """
 
 import contextlib
-import importlib
-import itertools
+import io
 import os
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
+from datasets.decoders import DECODERS, is_mpeg_stream
 from datasets.frame_files import frame_pattern
 from utils.errors import ConfigError, DataError, UserError
 
-# decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
-# it skips fewer at once, it is `next` that finds out a file with fewer frames than counted: it takes no mark for one.
-LONGEST_SKIP = 64
+JPEG_START = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
 class Video:
-    """An opened video: `read(indices)`, to be called once, gives the RGB frames at ascending, distinct indices."""
+    """An opened video: `read(indices)`, to be called once, gives the frames at ascending, distinct indices.
+
+    A frame is RGB, uint8 (H, W, 3), contiguous.
+    """
 
     num_frames: int
-    read: Callable[[Sequence[int]], list[Image.Image]]
+    read: Callable[[Sequence[int]], list[np.ndarray]]
 
 
 class Reader(Protocol):
@@ -77,11 +80,11 @@ class FrameFolderReader:
             f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
         )
 
-    def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> Image.Image:
+    def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
+            with open(path, "rb") as file:
+                return decode_image(file.read())
         except FileNotFoundError as error:
             advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
             problem, cause = "frame missing", error
@@ -91,10 +94,53 @@ class FrameFolderReader:
         raise DataError(f"{path}: {problem}; {listed}; {advice}") from cause
 
 
+def decode_image(data: bytes) -> np.ndarray:
+    """The pixels of an image file as Pillow decodes it, RGB, uint8 (H, W, 3), or Pillow's error.
+
+    simplejpeg gives the same pixels of a JPEG file sooner, where it finds nothing amiss; Pillow takes all other files.
+    """
+    if data.startswith(JPEG_START):
+        with contextlib.suppress(ValueError):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours not in ("CMYK", "YCCK"):  # which libjpeg turns into RGB by another rule than Pillow
+                return simplejpeg.decode_jpeg(data, buffer=_MEMORY.take(height * width * 3))
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
+
+
+class FrameMemory(threading.local):
+    """Memory for frames, which is used again once nobody holds the frame any more.
+
+    Memory that comes fresh from the system for each frame costs a third of what decoding it does.
+    """
+
+    def __init__(self):
+        self._blocks: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8, `size` or more, of one dimension; it is free again when this array and all views of it are gone."""
+        holders = _count_holders(self._blocks)
+        for number, block in enumerate(self._blocks):
+            if holders[number] == _ONLY_THE_LIST and len(block) >= size:
+                return block
+        held = [block for block, count in zip(self._blocks, holders, strict=True) if count > _ONLY_THE_LIST]
+        self._blocks = [*held, np.empty(size, np.uint8)]
+        return self._blocks[-1]
+
+
+def _count_holders(blocks: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(block) for block in blocks]
+
+
+(_ONLY_THE_LIST,) = _count_holders([np.empty(0, np.uint8)])  # what counts itself as a holder depends on the Python
+_MEMORY = FrameMemory()
+
+
 class VideoFileReader:
     """Videos stored as files. Index i is the i-th frame in the order of presentation that the decoder gives.
 
-    `decoder` is "decord" or "pyav"; it is imported where it decodes, in the loader's worker.
+    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice (MPEG streams apart, which
+    decord refuses), and PyAV for all others. The library is imported where it decodes, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):
@@ -109,114 +155,31 @@ class VideoFileReader:
                 f"{path}: no such video; listed at {record.source}; "
                 "check the data root, and that lines read 'path label'"
             )
-        with self._named_errors(path, record):
-            video = {"decord": DecordVideo, "pyav": PyAVVideo}[self.decoder](path)
+        decoder = "pyav" if self.decoder == "auto" else self.decoder
+        with _named_errors(path, record, decoder):
+            video = DECODERS[decoder](path)
+        if self.decoder == "auto" and video.decodes_twice and not is_mpeg_stream(path):
+            decoder = "decord"
+            with _named_errors(path, record, decoder):
+                video = DECODERS[decoder](path)
 
-        def read(indices: Sequence[int]) -> list[Image.Image]:
-            with self._named_errors(path, record):
-                return [Image.fromarray(frame) for frame in video.read(indices)]
+        def read(indices: Sequence[int]) -> list[np.ndarray]:
+            with _named_errors(path, record, decoder):
+                return video.read(indices)
 
-        return Video(video.num_frames, read)
-
-    @contextlib.contextmanager
-    def _named_errors(self, path: str, record: VideoRecord) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # what a decoder raises is its own affair
-            # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
-            reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
-            advice = "data.decoder=pyav may read it" if self.decoder == "decord" else "fetch or encode it again"
-            message = f"{path}: {self.decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
-            raise DataError(message) from error
+        with _named_errors(path, record, decoder):
+            return Video(video.num_frames, read)
 
 
-class DecordVideo:
-    """A video file through decord, in one pass from the first frame.
-
-    decord's `get_batch` seeks, and then gives other frames than those it is asked for in many kinds of files; its
-    count includes frames that are never shown (docs/numerics.md). This pass has neither flaw and raises an error where
-    frames are missing. It skips as fast, without converting what it skips, where the file has timestamps.
-    """
-
-    def __init__(self, path: str):
-        decord = _import("decord")
-        decord.logging.set_level(decord.logging.QUIET)
-        if _is_mpeg_stream(path):
-            raise ValueError("it may lose the first frames of an MPEG program or transport stream")
-        # With any fault_tol above 0 and below 1 / frames, a copy in place of a frame that is missing is an error.
-        self._decoder = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
-        times = self._decoder.get_frame_timestamp(range(len(self._decoder)))[:, 0]
-        self._timed = bool((np.diff(times) > 0).all() and times[-1] >= 0)
-        # Frames before an edit list's start are counted, but the decoder does not give them.
-        self.num_frames = len(times) - (int((times < 0).sum()) if self._timed else 0)
-
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """uint8 (H, W, 3) each."""
-        last, stops = indices[-1], range(indices[-1] + 1)
-        if self._timed:
-            # A skip that ends on a key frame or goes past one is a seek, so it ends before, and `next` takes the step.
-            before_keys = (key - 1 for key in self._decoder.get_key_indices() if 0 < key <= last)
-            stops = sorted({*indices, *before_keys, *range(0, last, LONGEST_SKIP)})
-        wanted, frames, position = set(indices), [], 0
-        for stop in stops:
-            if stop > position:
-                self._decoder.skip_frames(stop - position)
-            frame, position = self._decoder.next(), stop + 1
-            if stop in wanted:
-                frames.append(frame.asnumpy())
-        return frames
-
-
-class PyAVVideo:
-    """A video file through PyAV. It is decoded twice, the first time to count its frames: headers may be wrong.
-
-    A damaged file has the frames before the first packet that cannot be read or decoded.
-    """
-
-    def __init__(self, path: str):
-        self._path = path
-        self.num_frames = sum(1 for _ in self._decode())
-        if self.num_frames == 0:
-            raise ValueError("no frame can be decoded")
-
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """uint8 (H, W, 3) each, turned upright as the file asks for."""
-        wanted, frames = set(indices), []
-        for index, frame in enumerate(itertools.islice(self._decode(), indices[-1] + 1)):
-            if index in wanted:
-                pixels = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")
-                frames.append(np.rot90(pixels, round(frame.rotation / 90)))
-        return frames
-
-    def _decode(self) -> Iterator[Any]:
-        """The frames from first to last. Opens the file anew: to seek to the start is not exact in every format."""
-        av = _import("av")
-        with av.open(self._path) as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("it holds no video")
-            stream.codec_context.thread_count = 1
-            with contextlib.suppress(av.FFmpegError):
-                for packet in container.demux(stream):
-                    yield from packet.decode()
-                return
-            with contextlib.suppress(av.FFmpegError):
-                yield from stream.codec_context.decode(None)  # those that wait for their turn in the decoder
-
-
-def _is_mpeg_stream(path: str) -> bool:
-    """Whether the file starts like a transport stream (packets of 188 bytes, or 192 in m2ts) or a program stream."""
-    with open(path, "rb") as file:
-        head = file.read(197).ljust(197, b"\0")
-    return head.startswith(b"\0\0\1\xba") or head[0] == head[188] == 0x47 or head[4] == head[196] == 0x47
-
-
-def _import(name: str) -> ModuleType:
+@contextlib.contextmanager
+def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None]:
     try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: a shared library that it needs is missing
-        raise ConfigError(
-            f"data.decoder: {name} cannot be imported ({error}); install requirements.txt, or set another decoder"
-        ) from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what a decoder raises is its own affair
+        # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
+        reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
+        advice = "data.decoder=pyav may read it" if decoder == "decord" else "fetch or encode it again"
+        message = f"{path}: {decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
+        raise DataError(message) from error

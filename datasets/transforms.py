@@ -1,19 +1,19 @@
 """From decoded frames to the pixels of a clip: docs/protocol.md section 5.
 
-Frames are PIL RGB images of one video, clips uint8 tensors (T, 3, S, S) with S = `input_size`. What is drawn at random
-holds for all frames of a clip. Normalisation happens later, on the device.
+Frames are uint8 arrays (H, W, 3) of one video, clips uint8 tensors (T, 3, S, S) with S = `input_size`. What is drawn at
+random holds for all frames of a clip. Normalisation happens later, on the device.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL.Image import Image, Resampling
 
-from datasets.augment import grayscale, rand_augment
+from datasets.rand_augment import draw_operations, grayscale, rand_augment
+from datasets.resample import Resample, Table, bicubic, bilinear, resized_twice
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,19 +35,28 @@ class TrainTransform:
     rand_aug: bool = False
     resize: int | Sequence[int] | None = None
 
-    def __call__(self, frames: Sequence[Image], label: int, rng: np.random.Generator) -> tuple[torch.Tensor, int]:
-        """(uint8 (T, 3, S, S), label)."""
-        if self.rand_aug:
-            frames = rand_augment(frames, int(rng.integers(2**32)))
-        size = resize_size(*frames[0].size, self.protocol, self.input_size, self.resize)
-        frames = [frame.resize(size, Resampling.BICUBIC) for frame in frames]
+    def __call__(self, frames: Sequence[np.ndarray], label: int, rng: np.random.Generator, clip: torch.Tensor) -> int:
+        """Fill `clip`, uint8 (T, 3, S, S), and return its label."""
+        operations = draw_operations(int(rng.integers(2**32))) if self.rand_aug else ()
+        size = resize_size(*_size(frames[0]), self.protocol, self.input_size, self.resize)
         crop = draw_crop(*size, self.input_size, rng)
-        clip = to_clip([crop(frame) for frame in frames])
-        if rng.random() < 0.5 and self.flip_labels is not None:
-            clip, label = clip.flip(-1), self.flip_labels.get(label, label)
-        if rng.random() < GRAY_SHARE[self.protocol]:
-            clip = grayscale(clip)
-        return clip, label
+        flip = rng.random() < 0.5 and self.flip_labels is not None
+        gray = rng.random() < GRAY_SHARE[self.protocol]
+
+        @functools.cache  # the frames of a video seldom differ in size
+        def resample_from(width: int, height: int) -> Resample:
+            across, down = (
+                resized_twice(bicubic(old, new), cropped)
+                for old, new, cropped in zip((width, height), size, crop, strict=True)
+            )
+            return Resample(across.mirrored() if flip else across, down)
+
+        for frame, pixels in zip(frames, clip.numpy(), strict=True):
+            frame, levels = rand_augment(frame, operations)
+            resample_from(*_size(frame))(frame, pixels, levels)
+        if gray:
+            grayscale(clip.numpy())
+        return self.flip_labels.get(label, label) if flip else label
 
 
 @dataclass(frozen=True)
@@ -59,17 +68,37 @@ class EvalTransform:
     num_crops: int = 1
     resize: int | Sequence[int] | None = None
 
-    def __call__(self, frames: Sequence[Image]) -> torch.Tensor:
-        """uint8 (crops, T, 3, S, S)."""
-        size = resize_size(*frames[0].size, self.protocol, self.input_size, self.resize)
-        clip = to_clip([frame.resize(size, Resampling.BICUBIC) for frame in frames])
-        crops = torch.stack(
-            [
-                clip[..., y : y + self.input_size, x : x + self.input_size]
-                for x, y in crop_corners(*size, self.input_size, self.num_crops)
-            ]
-        )
-        return torch.cat([crops, crops.flip(-1)]) if self.num_crops == 10 else crops
+    def __call__(self, frames: Sequence[np.ndarray], places: np.ndarray | None = None) -> torch.Tensor:
+        """uint8 (crops, T, 3, S, S): frames in their order, or frame `places[t]` at t."""
+        places = np.arange(len(frames)) if places is None else places
+        size = resize_size(*_size(frames[0]), self.protocol, self.input_size, self.resize)
+        corners = crop_corners(*size, self.input_size, self.num_crops)
+        upper_left, lower_right = np.min(corners, axis=0), np.max(corners, axis=0) + self.input_size
+
+        @functools.cache
+        def resample_from(width: int, height: int) -> Resample:
+            return Resample(*map(_part, (width, height), size, upper_left, lower_right))
+
+        views = torch.empty(self.num_crops, len(places), 3, self.input_size, self.input_size, dtype=torch.uint8)
+        width, height = lower_right - upper_left
+        window = np.empty((3, height, width), np.uint8)  # of a resized frame what the crops cover
+        for number, frame in enumerate(frames):
+            resample_from(*_size(frame))(frame, window)
+            for view, (x, y) in zip(views.numpy(), corners - upper_left, strict=False):
+                view[places == number] = window[:, y : y + self.input_size, x : x + self.input_size]
+        if self.num_crops == 10:
+            views[5:] = views[:5].flip(-1)
+        return views
+
+
+def _part(old: int, new: int, start: int, stop: int) -> Table:
+    """The pixels `start` to `stop` of a line of `old` pixels after its resize to `new`."""
+    return bicubic(old, new).part(start, stop)
+
+
+def _size(frame: np.ndarray) -> tuple[int, int]:
+    """(width, height)."""
+    return frame.shape[1], frame.shape[0]
 
 
 def resize_size(
@@ -95,16 +124,17 @@ def _shorter_side_to(target: int, width: int, height: int) -> tuple[int, int]:
     return int(target * width / height), target
 
 
-def draw_crop(width: int, height: int, size: int, rng: np.random.Generator) -> Callable[[Image], Image]:
-    """A random-resized crop of frames of `width` x `height` to `size` x `size`.
+def draw_crop(width: int, height: int, size: int, rng: np.random.Generator) -> tuple[Table, Table]:
+    """A random-resized crop of frames of `width` x `height` to `size` x `size`: tables across and down.
 
     Without a box that fits, the shorter side is resized to `size` and a square cropped at random.
     """
     if (box := draw_box(width, height, rng)) is not None:
-        return lambda frame: frame.crop(box).resize((size, size), Resampling.BILINEAR)
+        left, upper, right, lower = box
+        return bilinear(right - left, size).moved(left), bilinear(lower - upper, size).moved(upper)
     scaled = _shorter_side_to(size, width, height)
-    square = _random_place(*scaled, size, size, rng)
-    return lambda frame: frame.resize(scaled, Resampling.BILINEAR).crop(square)
+    left, upper, right, lower = _random_place(*scaled, size, size, rng)
+    return bilinear(width, scaled[0]).part(left, right), bilinear(height, scaled[1]).part(upper, lower)
 
 
 def draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
@@ -137,11 +167,6 @@ def crop_corners(width: int, height: int, size: int, num_crops: int) -> list[tup
         case 5 | 10:
             return [(0, 0), (4 * w, 0), (0, 4 * h), (4 * w, 4 * h), centre]
     raise ValueError(f"num_crops must be 1, 3, 5 or 10, got {num_crops}")
-
-
-def to_clip(frames: Sequence[Image]) -> torch.Tensor:
-    """PIL RGB frames of one size -> uint8 (T, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2)))
 
 
 def normalize_clips(

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from datasets.annotations import VideoRecord
@@ -45,7 +44,7 @@ class VideoDataset(Dataset):
         return np.array([record.label for record in self.records], dtype=np.int64)
 
     @staticmethod
-    def read_distinct(video: Video, indices: np.ndarray) -> tuple[list[Image], np.ndarray]:
+    def read_distinct(video: Video, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """The frames that `indices` name at least once, and for each index, flattened, its place among them."""
         distinct, places = np.unique(indices, return_inverse=True)
         return video.read(distinct.tolist()), places.ravel()
@@ -88,9 +87,13 @@ class TrainVideoDataset(VideoDataset):
         video = self.reader.open(record)
         distinct, places = self.read_distinct(video, self.sample(video.num_frames, epoch, index))
         frames = [distinct[place] for place in places]
-        rngs = [sample_rng(self.seed, epoch, index, repeat) for repeat in range(self.num_sample)]
-        clips, labels = zip(*(self.transform(frames, record.label, rng) for rng in rngs), strict=True)
-        return {"clips": torch.stack(clips), "labels": torch.tensor(labels), "indices": torch.tensor([index])}
+        size = self.transform.input_size
+        clips = torch.empty(self.num_sample, self.num_segments, 3, size, size, dtype=torch.uint8)
+        labels = [
+            self.transform(frames, record.label, sample_rng(self.seed, epoch, index, repeat), clip)
+            for repeat, clip in enumerate(clips)
+        ]
+        return {"clips": clips, "labels": torch.tensor(labels), "indices": torch.tensor([index])}
 
     def sample(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         """Frame indices (T,) of one sample."""
@@ -128,6 +131,5 @@ class EvalVideoDataset(VideoDataset):
         video = self.reader.open(record)
         indices = sample_test(video.num_frames, self.num_segments, self.protocol, self.num_clips, self.dense)
         frames, places = self.read_distinct(video, indices)
-        crops = self.transform(frames)  # (crops, distinct frames, 3, S, S)
-        views = crops.index_select(1, torch.from_numpy(places))  # (crops, clips * T, 3, S, S)
-        return views.unflatten(1, indices.shape).flatten(0, 1)
+        crops = self.transform(frames, places)  # (crops, clips * T, 3, S, S)
+        return crops.unflatten(1, indices.shape).flatten(0, 1)

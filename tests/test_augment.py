@@ -5,59 +5,28 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import random_frame
 from PIL import Image
 from test_backbones import tiny_config
 from test_engine import batch, train
 from test_loaders import assert_equal_batches, epoch_batches, make_config
-from timm.data.auto_augment import rand_augment_transform
+from test_transforms import make_frames, plain_clip, train_clip
 
-from datasets import augment
-from datasets.augment import BatchAugment, grayscale, rand_augment
+from datasets.augment import BatchAugment
 from datasets.flips import flip_pairs
 from datasets.loaders import build_train_loader
-from datasets.transforms import TrainTransform, draw_crop, normalize_clips, to_clip
+from datasets.rand_augment import draw_operations, grayscale
+from datasets.transforms import TrainTransform, draw_crop, normalize_clips
 from modules import build_model
-from utils.seeding import seed_everything, seeded_globals
+from utils.seeding import seed_everything
 
 CPU = torch.device("cpu")
-
-
-def make_frames(count, size=(53, 38)):
-    return [random_frame((7, number), size) for number in range(count)]
 
 
 def global_states():
     return random.getstate(), tuple(map(str, np.random.get_state())), tuple(torch.get_rng_state().tolist())
 
 
-def pixels(frames):
-    return to_clip(frames).numpy()
-
-
-# RandAugment
-
-
-def test_rand_augment_is_timms_with_the_same_draws_for_every_frame():
-    hparams = {"translate_const": 115, "img_mean": (128, 128, 128), "interpolation": Image.Resampling.BICUBIC}
-    reference = rand_augment_transform("rand-m7-n4-mstd0.5-inc1", hparams)
-    frames, results = make_frames(3), set()
-    for seed in range(40):
-        augmented = rand_augment(frames, seed)
-        for frame, result in zip(frames, augmented, strict=True):
-            with seeded_globals(seed):
-                expected = reference(frame)
-            assert np.array_equal(np.asarray(result), np.asarray(expected))
-        results.add(augmented[0].tobytes())
-    assert len(results) > 30  # half of the operations are left out, so a frame stays as it is once in 16
-
-
-def test_rand_augment_fills_with_gray_interpolates_bicubically_and_changes_magnitudes_and_signs():
-    ops = augment.RAND_AUGMENT.ops
-    assert len(ops) == 15 and augment.RAND_AUGMENT.num_layers == 4
-    for op in ops:
-        assert (op.magnitude, op.magnitude_std, op.prob) == (7, 0.5, 0.5)
-        assert op.kwargs == {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
+# RandAugment, beyond what test_rand_augment.py shows of the operations
 
 
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
@@ -66,10 +35,10 @@ def test_equal_frames_stay_equal(protocol):
     plain, full = (TrainTransform(protocol, size, {}, rand_aug) for rand_aug in (False, True))
     changed = 0
     for seed in range(60):
-        clip, _ = full(frames, 0, np.random.default_rng(seed))
+        clip, _ = train_clip(full, frames, 0, np.random.default_rng(seed))
         assert clip.shape == (3, 3, size, size) and clip.dtype == torch.uint8
         assert (clip == clip[:1]).all()
-        changed += not torch.equal(clip, plain(frames, 0, np.random.default_rng(seed))[0])
+        changed += not torch.equal(clip, train_clip(plain, frames, 0, np.random.default_rng(seed))[0])
     assert changed > 50
 
 
@@ -77,37 +46,37 @@ def test_equal_frames_stay_equal(protocol):
 def test_the_steps_come_in_the_order_of_the_protocol_and_the_label_follows_the_flip(protocol):
     names = ["Pulling something from left to right", "Pulling something from right to left", "Dropping something"]
     transform = TrainTransform(protocol, 32, flip_pairs(protocol, 3, names), rand_aug=True)
-    frames, seen = make_frames(2), set()
+    frames, seen, apart = make_frames(2), set(), []
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        expected = rand_augment(frames, int(rng.integers(2**32)))
-        size = (44, 32) if protocol == "kinetics" else (320, 256)
-        crop = draw_crop(*size, 32, rng)
-        expected = [crop(frame.resize(size, Image.Resampling.BICUBIC)) for frame in expected]
-        if flip := bool(rng.random() < 0.5):
-            expected = [frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for frame in expected]
-        if gray := bool(rng.random() < 0.2 and protocol == "kinetics"):
-            expected = [frame.convert("L").convert("RGB") for frame in expected]
+        draw_operations(int(rng.integers(2**32)))
+        draw_crop(*((44, 32) if protocol == "kinetics" else (320, 256)), 32, rng)
+        flip = bool(rng.random() < 0.5)
+        gray = bool(rng.random() < 0.2 and protocol == "kinetics")
         for label, mirrored in enumerate((1, 0, 2)):
-            clip, out = transform(frames, label, np.random.default_rng(seed))
+            clip, out = train_clip(transform, frames, label, np.random.default_rng(seed))
             assert out == (mirrored if flip else label)
-            assert np.array_equal(clip.numpy(), pixels(expected))
+        expected, _ = plain_clip(frames, 0, seed, protocol, 32, {}, rand_aug=True)
+        difference = np.abs(clip.permute(0, 2, 3, 1).numpy() - expected)
+        assert (difference > 3).mean() < 0.02 and difference.mean() < 1
+        apart.append(difference.mean())
         seen.add((flip, gray))
+    assert np.mean(apart) < 0.4
     assert len(seen) == (4 if protocol == "kinetics" else 2)
 
 
 def test_a_training_clip_leaves_the_global_generators_alone(monkeypatch):
     before = global_states()
-    TrainTransform("kinetics", 16, {}, True)(make_frames(2), 0, np.random.default_rng(0))
+    train_clip(TrainTransform("kinetics", 16, {}, True), make_frames(2), 0, np.random.default_rng(0))
     assert global_states() == before
 
-    def broken(frame):
+    def broken(drawn):
         random.random(), np.random.random()
         raise OSError
 
-    monkeypatch.setattr(augment, "RAND_AUGMENT", broken)
+    monkeypatch.setattr("datasets.rand_augment.RAND_AUGMENT", broken)
     with pytest.raises(OSError):
-        rand_augment(make_frames(1), 0)
+        draw_operations(0)
     assert global_states() == before
 
 
@@ -131,10 +100,11 @@ def test_gray_is_pillows():
     values = np.array([0, 1, 2, 63, 64, 76, 127, 128, 129, 149, 191, 200, 254, 255], dtype=np.uint8)
     colours = np.stack(np.meshgrid(values, values, values), -1).reshape(1, -1, 3)
     noise = np.random.default_rng(0).integers(0, 256, size=(300, colours.shape[1], 3), dtype=np.uint8)
-    frames = [Image.fromarray(noise), Image.fromarray(np.concatenate([colours] * 300))]
-    gray = grayscale(to_clip(frames))
-    assert gray.dtype == torch.uint8
-    assert np.array_equal(gray.numpy(), pixels([frame.convert("L").convert("RGB") for frame in frames]))
+    frames = np.stack([noise, np.concatenate([colours] * 300)])
+    clip = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
+    grayscale(clip)
+    for gray, frame in zip(clip, frames, strict=True):
+        assert np.array_equal(gray.transpose(1, 2, 0), Image.fromarray(frame).convert("L").convert("RGB"))
 
 
 @pytest.mark.parametrize(("protocol", "low", "high"), [("kinetics", 0.17, 0.23), ("something", 0, 0)])
@@ -143,7 +113,7 @@ def test_share_of_gray_clips(protocol, low, high, monkeypatch):
     monkeypatch.setattr("datasets.transforms.resize_size", lambda *_: (10, 8))  # 320 x 256 would be slow
     rng, gray = np.random.default_rng(0), []
     for _ in range(2000):
-        clip, _ = transform(frames, 0, rng)
+        clip, _ = train_clip(transform, frames, 0, rng)
         per_frame = (clip == clip[:, :1]).flatten(1).all(1)
         assert per_frame[0] == per_frame[1]
         gray.append(per_frame[0].item())

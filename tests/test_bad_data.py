@@ -76,7 +76,7 @@ def test_a_video_file_that_cannot_be_read_is_listed_and_counted_wrong(
         (lowest,) = [line for line in output.splitlines() if "lowest top-1: " in line]
         assert lowest.count(", ") == 4 and f"{CLASSES[2]} 0.00" in lowest and f"{CLASSES[5]} 0.00" in lowest
         lines = [line for line in output.splitlines() if "no scores, counted wrong: " in line]
-        assert "videos/val_00002.mp4: decord cannot read it (" in lines[0] and "val_videos.txt:3" in lines[0]
+        assert "videos/val_00002.mp4: pyav cannot read it (" in lines[0] and "val_videos.txt:3" in lines[0]
         assert "videos/val_00005.mp4: no such video" in lines[1] and len(lines) == 2
 
 
@@ -118,7 +118,7 @@ def test_skipped_training_videos_are_counted_and_reported_each_epoch(config, bro
     lines = [line for line in log.splitlines() if "replaced: " in line]
     assert [line.split(" ", 1)[1][:9] for line in lines] == ["epoch 0: ", "epoch 1: "]
     assert all("2 training videos could not be read and were replaced: " in line for line in lines)
-    assert all(line.index("val_00002.mp4: decord cannot") < line.index("val_00005.mp4: no such") for line in lines)
+    assert all(line.index("val_00002.mp4: pyav cannot") < line.index("val_00005.mp4: no such") for line in lines)
     assert log.count("no scores, counted wrong: ") == 4  # validation, twice
 
 

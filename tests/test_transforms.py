@@ -5,8 +5,11 @@ import pytest
 import torch
 from conftest import random_frame
 from PIL import Image
+from test_resample import pillow_resize
 
+from benchmarks import plain_pipeline
 from datasets.flips import flip_pairs
+from datasets.resample import Resample, bicubic, resized_twice
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -18,7 +21,6 @@ from datasets.transforms import (
     draw_crop,
     normalize_clips,
     resize_size,
-    to_clip,
 )
 from utils.errors import ConfigError
 
@@ -28,7 +30,13 @@ def rng(seed=0):
 
 
 def make_frames(count, size=(53, 38)):
-    return [random_frame((7, number), size) for number in range(count)]
+    return [np.array(random_frame((7, number), size)) for number in range(count)]
+
+
+def train_clip(transform, frames, label, rng):
+    """(uint8 (T, 3, S, S), label)."""
+    clip = torch.empty(len(frames), 3, transform.input_size, transform.input_size, dtype=torch.uint8)
+    return clip, transform(frames, label, rng, clip)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops
     width, height = resize_size(*frame_size, protocol, 224)
     corners = crop_corners(width, height, 224, num_crops)
     for t, frame in enumerate(frames):
-        resized = frame.resize((width, height), Image.Resampling.BICUBIC)
+        resized = pillow_resize(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC)
         crops = [resized.crop((x, y, x + 224, y + 224)) for x, y in corners]
         if num_crops == 10:
             crops += [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
@@ -120,28 +128,63 @@ def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops
             assert np.array_equal(view[t].permute(1, 2, 0).numpy(), np.asarray(crop))
 
 
-def test_training_pixels_equal_pillow_on_every_frame_alone():
-    frames = make_frames(2)
-    boxes_and_flips = set()
-    for seed in range(20):
-        clip, label = TrainTransform("kinetics", 32, {})(frames, 3, np.random.default_rng(seed))
-        assert clip.shape == (2, 3, 32, 32)
-        assert clip.dtype == torch.uint8
-        assert label == 3
-        rng = np.random.default_rng(seed)
-        box = draw_box(44, 32, rng)  # the shorter side is resized from 38 to 32
-        flip = rng.random() < 0.5
-        gray = rng.random() < 0.2
+@pytest.mark.parametrize("num_crops", [1, 3, 10])
+def test_places_say_which_frame_is_where(num_crops):
+    frames, places = make_frames(3), np.array([2, 0, 0, 1, 2])
+    transform = EvalTransform("kinetics", 32, num_crops)
+    assert torch.equal(transform(frames, places), transform(frames)[:, torch.from_numpy(places)])
+
+
+@pytest.mark.parametrize("protocol", ["kinetics", "something"])
+def test_evaluation_views_equal_those_of_the_plain_pipeline(protocol):
+    frames = make_frames(4, (100, 70))
+    plain = plain_pipeline.eval_views([Image.fromarray(frame) for frame in frames], 2, 3, protocol, 64)
+    views = EvalTransform(protocol, 64, 3)(frames).unflatten(1, (2, 2)).flatten(0, 1)
+    assert torch.equal(normalize_clips(views), plain)
+
+
+def plain_clip(frames, label, seed, protocol, size, flip_labels, rand_aug=False):
+    """What the plain pipeline makes of it, int (T, S, S, 3), and the label."""
+    images = [Image.fromarray(frame) for frame in frames]
+    generator = np.random.default_rng(seed)
+    clip, label = plain_pipeline.train_clip(images, label, generator, protocol, size, flip_labels, rand_aug)
+    return np.stack([np.asarray(image).astype(int) for image in clip]), label
+
+
+@pytest.mark.parametrize("protocol", ["kinetics", "something"])
+@pytest.mark.parametrize("frame_size", [(53, 38), (38, 53), (427, 240)])
+def test_training_pixels_and_labels_are_the_plain_pipelines_but_for_rounding(protocol, frame_size):
+    frames, size = make_frames(2, frame_size), 224 if frame_size[0] > 224 else 32
+    transform = TrainTransform(protocol, size, {3: 4})
+    labels, means = set(), []
+    for seed in range(12):
+        clip, label = train_clip(transform, frames, 3, rng(seed))
+        expected, expected_label = plain_clip(frames, 3, seed, protocol, size, {3: 4})
+        difference = clip.permute(0, 2, 3, 1).numpy() - expected
+        assert np.abs(difference).max() <= 3 and np.abs(difference).mean() < 0.5
+        assert label == expected_label
+        labels.add(label)
+        means.append(difference.mean())
+    assert labels == {3, 4}
+    assert abs(np.mean(means)) < 0.1  # halves are rounded up: twice less often
+
+
+def test_training_pixels_are_pillows_where_the_resize_changes_no_size():
+    frames, boxes_and_flips = make_frames(2, (44, 32)), set()
+    for seed in range(40):
+        clip, label = train_clip(TrainTransform("kinetics", 32, {}), frames, 3, rng(seed))
+        generator = rng(seed)
+        box = draw_box(44, 32, generator)
+        flip, gray = generator.random() < 0.5, generator.random() < 0.2
         boxes_and_flips.add((box, flip))
         for pixels, frame in zip(clip, frames, strict=True):
-            crop = frame.resize((44, 32), Image.Resampling.BICUBIC).crop(box)
-            crop = crop.resize((32, 32), Image.Resampling.BILINEAR)
+            crop = pillow_resize(Image.fromarray(frame).crop(box), (32, 32), Image.Resampling.BILINEAR)
             if flip:
                 crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if gray:
                 crop = crop.convert("L").convert("RGB")
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(crop))
-    assert len(boxes_and_flips) == 20
+    assert len(boxes_and_flips) == 40
 
 
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
@@ -149,14 +192,20 @@ def test_equal_frames_stay_equal_under_training_augmentation(protocol):
     frames = make_frames(1) * 4
     rng = np.random.default_rng(0)
     for _ in range(5):
-        clip, _ = TrainTransform(protocol, 32, {})(frames, 0, rng)
+        clip, _ = train_clip(TrainTransform(protocol, 32, {}), frames, 0, rng)
         assert (clip == clip[:1]).all()
 
 
 def test_frames_of_another_size_follow_the_first_of_their_clip():
     frames = make_frames(1, (60, 40)) + make_frames(1, (40, 60))
-    for clip in (EvalTransform("kinetics", 32)(frames)[0], TrainTransform("kinetics", 32, {})(frames, 0, rng())[0]):
-        assert clip.shape == (2, 3, 32, 32)
+    together = EvalTransform("kinetics", 32)(frames)[0]
+    assert torch.equal(together[0], EvalTransform("kinetics", 32)(frames[:1])[0, 0])
+    resized = pillow_resize(Image.fromarray(frames[1]), (48, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(together[1].permute(1, 2, 0), np.asarray(resized)[:, 8:40])
+    clip, _ = train_clip(TrainTransform("kinetics", 32, {}), frames, 0, rng())
+    resized = [Image.fromarray(frame).resize((48, 32), Image.Resampling.BICUBIC) for frame in frames]
+    expected, _ = plain_clip([np.array(frame) for frame in resized], 0, 0, "kinetics", 32, {})
+    assert np.abs(clip.permute(0, 2, 3, 1).numpy() - expected).max() <= 3
 
 
 def test_boxes_keep_to_the_bounds_of_area_and_aspect_and_to_the_frame():
@@ -178,6 +227,12 @@ def test_boxes_keep_to_the_bounds_of_area_and_aspect_and_to_the_frame():
     assert (boxes[:, 2] == 340).any()
 
 
+def test_boxes_are_those_of_the_plain_pipeline():
+    ours, plain = rng(), rng()
+    for width, height in [(340, 256), (455, 256), (320, 256), (256, 455), (400, 30), (1000, 10)] * 300:
+        assert draw_box(width, height, ours) == plain_pipeline.draw_box(width, height, plain)
+
+
 def test_boxes_take_the_draws_in_the_order_area_aspect_swap_place():
     for seed in range(50):
         box, generator = draw_box(44, 32, rng(seed)), rng(seed)
@@ -196,37 +251,45 @@ def test_without_a_box_that_fits_a_square_is_cropped_from_the_frame_resized_to_i
     # 1000 x 10 pixels: even 0.08 of the area is a box of 28 x 28.
     assert draw_box(1000, 10, rng()) is None
     gradient = np.tile(np.linspace(0, 255, 1000).astype(np.uint8)[None, :, None], (10, 1, 3))
-    frame = Image.fromarray(gradient)
-    resized = np.asarray(frame.resize((800, 8), Image.Resampling.BILINEAR))
+    resized = np.asarray(Image.fromarray(gradient).resize((800, 8), Image.Resampling.BILINEAR))
     starts = set()
     for seed in range(20):
-        crop = np.asarray(draw_crop(1000, 10, 8, rng(seed))(frame))
-        assert crop.shape == (8, 8, 3)
+        crop = cropped(gradient, draw_crop(1000, 10, 8, rng(seed)))
         (start,) = [x for x in range(793) if np.array_equal(resized[:, x : x + 8], crop)][:1]
         starts.add(start)
     assert len(starts) > 10
 
 
+def cropped(frame, tables):
+    """uint8 (S, S, 3)."""
+    across, down = tables
+    out = np.empty((3, len(down.first), len(across.first)), np.uint8)
+    Resample(across, down)(frame, out)
+    return out.transpose(1, 2, 0)
+
+
 def test_the_label_follows_the_flip():
-    frames = make_frames(1)
+    (frame,) = make_frames(1)
     transform = TrainTransform("kinetics", 32, {5: 6, 6: 5})
     seen = set()
     for seed in range(20):
-        kept = draw_crop(44, 32, 32, generator := rng(seed))(frames[0].resize((44, 32), Image.Resampling.BICUBIC))
+        crop = draw_crop(44, 32, 32, generator := rng(seed))
+        resized = (bicubic(53, 44), bicubic(38, 32))
+        kept = cropped(frame, [resized_twice(*both) for both in zip(resized, crop, strict=True)])
         flipped = bool(generator.random() < 0.5)
-        gray = generator.random() < 0.2
+        if generator.random() < 0.2:
+            kept = np.asarray(Image.fromarray(kept).convert("L").convert("RGB"))
         for label, mirrored in ((5, 6), (6, 5), (7, 7)):
-            clip, out = transform(frames, label, rng(seed))
+            clip, out = train_clip(transform, [frame], label, rng(seed))
             assert out == (mirrored if flipped else label)
-            expected = to_clip([kept.convert("L").convert("RGB") if gray else kept])
-            assert torch.equal(clip, expected.flip(-1) if flipped else expected)
+            assert np.array_equal(clip[0].permute(1, 2, 0), kept[:, ::-1] if flipped else kept)
         seen.add(flipped)
     assert seen == {False, True}
 
 
 def test_half_of_the_clips_are_flipped():
     generator, transform, frames = rng(), TrainTransform("kinetics", 8, {0: 1}), make_frames(1, (10, 8))
-    flips = sum(transform(frames, 0, generator)[1] for _ in range(1000))
+    flips = sum(train_clip(transform, frames, 0, generator)[1] for _ in range(1000))
     assert 440 < flips < 560
 
 

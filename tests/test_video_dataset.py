@@ -1,12 +1,15 @@
+import io
 import os
+import struct
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_frame
 from PIL import Image
 
 from datasets.annotations import VideoRecord, read_annotations
-from datasets.readers import FrameFolderReader, Video
+from datasets.readers import FrameFolderReader, FrameMemory, Video, decode_image
 from datasets.sampling import sample_test
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
@@ -54,18 +57,96 @@ def test_index_zero_is_the_file_with_number_one(make_frame_folders):
     (record,) = read_annotations(list_path, 4)
     frames = FrameFolderReader(root, "img_{:05d}.jpg").open(record).read([2, 0])
     for frame, number in zip(frames, (3, 1), strict=True):
-        assert frame.mode == "RGB"
+        assert frame.shape == (32, 40, 3) and frame.dtype == np.uint8 and frame.flags.c_contiguous
         with Image.open(f"{root}/video 0/img_{number:05d}.jpg") as expected:
             assert np.array_equal(np.asarray(frame), np.asarray(expected))
 
 
-def test_gray_and_palette_frames_become_rgb(make_frame_folders):
-    root, list_path = make_frame_folders([1])
-    (record,) = read_annotations(list_path, 4)
-    path = f"{root}/video 0/img_00001.png"
-    for mode in ("L", "P", "RGBA"):
-        Image.new(mode, (8, 8)).save(path)
-        assert FrameFolderReader(root, "img_{:05d}.png").open(record).read([0])[0].mode == "RGB"
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB", "I;16"])
+def test_frames_of_any_mode_become_rgb_as_pillow_converts_them(tmp_path, mode):
+    image = random_frame((1,), (21, 17)).convert(mode if mode != "I;16" else "I").convert(mode)
+    image.save(tmp_path / "img_00001.png")
+    (frame,) = FrameFolderReader(str(tmp_path), "img_{:05d}.png").open(VideoRecord("", 1, 0, "list.txt:1")).read([0])
+    with Image.open(tmp_path / "img_00001.png") as saved:
+        assert np.array_equal(frame, np.asarray(saved.convert("RGB")))
+
+
+KINDS_OF_JPEG = {
+    "full colour": {"subsampling": "4:4:4"},
+    "half of the colour": {"subsampling": "4:2:2"},
+    "a quarter of the colour": {"subsampling": "4:2:0"},
+    "rough": {"quality": 3},
+    "progressive": {"progressive": True},
+    "optimised, with restart markers": {"optimize": True, "restart_marker_blocks": 3},
+    "colours kept": {"keep_rgb": True, "subsampling": "4:4:4"},
+    "turned by its metadata": {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"},
+    "with a profile and a comment": {"icc_profile": b"profile", "comment": b"comment"},
+}
+
+
+@pytest.mark.parametrize("size", [(53, 38), (16, 16), (1, 1), (17, 3)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", KINDS_OF_JPEG)
+def test_every_kind_of_jpeg_gives_the_pixels_of_pillow(kind, mode, size):
+    file = io.BytesIO()
+    options = {name: value for name, value in KINDS_OF_JPEG[kind].items() if mode == "RGB" or name != "keep_rgb"}
+    random_frame((1,), size).convert(mode).save(file, "jpeg", **options)
+    for data in (file.getvalue(), file.getvalue() + b"more"):
+        frame = decode_image(data)
+        assert frame.flags.c_contiguous and frame.dtype == np.uint8
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(frame, np.asarray(image.convert("RGB")))
+
+
+def test_a_damaged_jpeg_is_what_pillow_takes_it_for():
+    file = io.BytesIO()
+    random_frame((1,), (53, 38)).save(file, "jpeg")
+    whole, rng, errors = file.getvalue(), np.random.default_rng(0), 0
+    damaged = [whole[:length] for length in range(2, len(whole), 23)]
+    for _ in range(60):
+        place = int(rng.integers(2, len(whole)))
+        damaged.append(whole[:place] + rng.bytes(3) + whole[place + 3 :])
+    for data in damaged:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                expected = np.asarray(image.convert("RGB"))
+        except Exception:
+            errors += 1
+            with pytest.raises((OSError, SyntaxError, ValueError, EOFError, struct.error)):
+                decode_image(data)
+        else:
+            assert np.array_equal(decode_image(data), expected)
+    assert 20 < errors < len(damaged)
+
+
+def test_frames_keep_their_pixels_while_somebody_holds_them():
+    files = []
+    for number, size in enumerate([(30, 20), (30, 20), (40, 30), (8, 8), (30, 20)]):
+        random_frame((number,), size).save(file := io.BytesIO(), "jpeg")
+        files.append(file.getvalue())
+    held = [decode_image(data) for data in files]
+    copies = [frame.copy() for frame in held]
+    views = [frame[1:, 2:] for frame in held]
+    tensors = [torch.from_numpy(frame) for frame in held]
+    del held
+    for data in files * 3:
+        decode_image(data)
+    for copy, view, tensor in zip(copies, views, tensors, strict=True):
+        assert np.array_equal(view, copy[1:, 2:]) and np.array_equal(tensor.numpy(), copy)
+
+
+def test_memory_is_used_again_and_does_not_pile_up():
+    memory = FrameMemory()
+    first = memory.take(100)
+    address = first.ctypes.data
+    second = memory.take(100)
+    assert second.ctypes.data != address
+    del first
+    third = memory.take(60)
+    assert third.ctypes.data == address
+    for size in range(100, 2000, 10):
+        memory.take(size)
+    assert len(memory._blocks) <= 3
 
 
 @pytest.mark.parametrize(
@@ -179,7 +260,7 @@ def test_a_training_sample_has_a_clip_and_a_label_per_repeat(make_frame_folders)
     assert sample["indices"].tolist() == [2]
 
 
-def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folders):
+def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folders, monkeypatch):
     paths = make_frame_folders([30])
     one, two = train_dataset(paths), train_dataset(paths, num_sample=2)
     two.reader = CountingReader(paths[0])
@@ -187,9 +268,11 @@ def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folder
     assert torch.equal(first, one[5, 0]["clips"][0])
     assert not torch.equal(first, second)
     assert two.reader.asked == [one.sample(30, 5, 0).tolist()]
-    two.transform = lambda frames, label, rng: (EvalTransform("kinetics", 32)(frames)[0], label)
-    first, second = two[5, 0]["clips"]
-    assert torch.equal(first, second)
+    seen = []
+    monkeypatch.setattr(TrainTransform, "__call__", lambda self, frames, *_: seen.append(frames) or 0)
+    two[5, 0]
+    first, second = seen
+    assert all(a is b for a, b in zip(first, second, strict=True))
 
 
 def test_each_repeat_follows_its_own_flip(make_frame_folders):

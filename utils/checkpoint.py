@@ -13,6 +13,7 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
     best_accuracy     best validation top-1 in percent so far, -1.0 before the first
     config            the resolved configuration
     class_names       list, or None
+    decoder           what decoded video files, with its version, or None for frame folders
 
 Random states are not stored because none carries over an epoch: every draw of data derives from (seed, epoch, index,
 repeat), and the global generators are seeded from (seed, epoch, process) at the start of each.

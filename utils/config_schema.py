@@ -170,9 +170,10 @@ FIELDS = {
     "data.modality": Field("str", "RGB", "`RGB` reads frame folders, `video` video files.", _one_of("RGB", "video")),
     "data.decoder": Field(
         "str",
-        "decord",
-        "Reads video files, with the same frames; `pyav` takes longer, and reads damaged files and MPEG streams too.",
-        _one_of("decord", "pyav"),
+        "pyav",
+        "Reads video files, with the same frames: `pyav` reads all kinds, `decord` takes longer and refuses some; "
+        "`auto` is `decord` for what `pyav` would decode twice (large, and not H.264 or VP9 in mp4, mov, mkv or webm).",
+        _one_of("pyav", "decord", "auto"),
     ),
     "data.num_segments": Field("int", 8, "Frames of a clip.", _at_least(1)),
     "data.batch_size": Field("int", REQUIRED, "Training videos of a batch, for each process.", _at_least(1)),

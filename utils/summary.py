@@ -9,6 +9,7 @@ import torch
 from dotmap import DotMap
 from torch.utils.data import DataLoader
 
+from datasets.decoders import describe_decoder
 from modules.side4video import Side4Video
 from utils.distributed import get_world_size
 from utils.precision import Precision
@@ -40,7 +41,7 @@ def describe_run(
 
 
 def describe_model(config: DotMap, model: Side4Video) -> list[str]:
-    """Parameters of each part, frozen and trained."""
+    """Parameters of each part, frozen and trained, and what decodes video files."""
     tower, side, head = model.backbone, model.trained.side, model.trained.head
     frozen, trained = _count(tower), _count(model.trained)
     return [
@@ -52,6 +53,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
         f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
         f"{tower.timm_size} x {tower.timm_size}; mean {_join(tower.mean)}, std {_join(tower.std)}",
         f"in all: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M total",
+        *([f"video files: decoded by {decoder}"] if (decoder := describe_decoder(config.data)) else []),
     ]
 
 

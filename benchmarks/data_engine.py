@@ -1,0 +1,255 @@
+"""The project's data sets against the plain pipeline of benchmarks/plain_pipeline.py: clips a second, side by side.
+
+    python -m benchmarks.data_engine [--only WORDS] [--material FOLDER]
+
+Both in one process and one thread, in turns, on the same generated files, with the same draws; medians over rounds. The
+same run checks that validation and test pixels are bit-equal, and that video files give the same frames. Writes
+benchmarks/results/data_engine.txt, unless `--only` picks the rows whose names contain WORDS.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import plain_pipeline, video_material
+from benchmarks.machine import describe_machine
+from datasets.annotations import VideoRecord
+from datasets.readers import FrameFolderReader, Reader, VideoFileReader
+from datasets.sampling import sample_test, sample_train
+from datasets.transforms import SOMETHING_FLIP_PAIRS, EvalTransform, TrainTransform, normalize_clips
+from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
+from utils.config_schema import FIELDS
+from utils.seeding import sample_rng
+
+RESULTS = Path("benchmarks/results/data_engine.txt")
+SEED, SEGMENTS, SIZE = 1024, 8, 224
+IMAGE_TMPL = "img_{:05d}.jpg"
+FOLDERS = {"340x256": (340, 256), "427x240": (427, 240)}
+# Name -> size, distance of key frames, ratio to reach.
+VIDEOS = {
+    "340x256, key frame every 250": (340, 256, 250, 1.4),
+    "340x256, key frame every 12": (340, 256, 12, 2.0),
+    "1280x720, key frame every 250": (1280, 720, 250, 2.0),
+}
+VIDEOS_OF_A_KIND = 3
+FLIP_LABELS = dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared: both sides map (epoch, video) to clips (clips, T, 3, S, S), ours uint8, the plain float32.
+
+    `check` raises AssertionError where they must agree and do not, and says in words what it found.
+    """
+
+    name: str
+    goal: float | None
+    plain: Callable[[int, int], torch.Tensor]
+    ours: Callable[[int, int], torch.Tensor]
+    check: Callable[[int, int], str]
+    rounds: int = 9
+
+
+def train_row(
+    name: str,
+    goal: float,
+    kind: str,
+    reader: Reader,
+    open_plain: Callable[[int], tuple[int, Callable[[Sequence[int]], list]]],
+    protocol: str,
+    rand_aug: bool = False,
+    repeats: int = 1,
+    rounds: int = 9,
+) -> Row:
+    """`open_plain(video)` gives the number of frames and what reads them."""
+    labels = FLIP_LABELS if protocol == "something" else {}
+    dataset = TrainVideoDataset(
+        records=records(kind),
+        class_names=None,
+        reader=reader,
+        protocol=protocol,
+        num_segments=SEGMENTS,
+        transform=TrainTransform(protocol, SIZE, labels, rand_aug),
+        seed=SEED,
+        num_sample=repeats,
+    )
+
+    def read(epoch: int, video: int) -> tuple[np.ndarray, list]:
+        num_frames, read = open_plain(video)
+        indices = sample_train(num_frames, SEGMENTS, protocol, sample_rng(SEED, epoch, video))
+        return indices, read(indices)
+
+    def plain(epoch: int, video: int) -> torch.Tensor:
+        rngs = [sample_rng(SEED, epoch, video, repeat) for repeat in range(repeats)]
+        frames = read(epoch, video)[1]
+        return plain_pipeline.train_clips(frames, dataset.records[video].label, rngs, protocol, SIZE, labels, rand_aug)[
+            0
+        ]
+
+    def check(epoch: int, video: int) -> str:
+        indices, frames = read(epoch, video)
+        opened = reader.open(dataset.records[video])
+        assert np.array_equal(dataset.sample(opened.num_frames, epoch, video), indices), "other frame indices"
+        distinct, places = dataset.read_distinct(opened, indices)
+        for place, frame in zip(places, frames, strict=True):
+            assert np.array_equal(distinct[place], frame), "other frames"
+        return "same frames"
+
+    return Row(name, goal, plain, lambda epoch, video: dataset[epoch, video]["clips"], check, rounds)
+
+
+def eval_row(name: str, goal: float | None, kind: str, root: Path, protocol: str, clips: int, crops: int) -> Row:
+    dataset = EvalVideoDataset(
+        records=records(kind),
+        class_names=None,
+        reader=FrameFolderReader(str(root), IMAGE_TMPL),
+        protocol=protocol,
+        num_segments=SEGMENTS,
+        transform=EvalTransform(protocol, SIZE, crops),
+        num_clips=clips,
+    )
+
+    def plain(_: int, video: int) -> torch.Tensor:
+        record = dataset.records[video]
+        indices = sample_test(record.num_frames, SEGMENTS, protocol, clips).ravel()
+        frames = plain_pipeline.read_folder(str(root / record.path), IMAGE_TMPL, indices)
+        return plain_pipeline.eval_views(frames, clips, crops, protocol, SIZE)
+
+    def ours(_: int, video: int) -> torch.Tensor:
+        return dataset[video]["clips"]
+
+    def check(epoch: int, video: int) -> str:
+        assert torch.equal(normalize_clips(ours(epoch, video)), plain(epoch, video)), "other pixels"
+        return "pixels bit-equal"
+
+    return Row(name, goal, plain, ours, check)
+
+
+def records(kind: str) -> list[VideoRecord]:
+    """Paths relative to the material, the labels 86, 87, ... that a flip changes."""
+    suffix = ".mp4" if kind in VIDEOS else ""
+    return [
+        VideoRecord(f"{kind}/{video}{suffix}", video_material.FRAMES, 86 + video, kind)
+        for video in range(VIDEOS_OF_A_KIND)
+    ]
+
+
+def all_rows(root: Path) -> list[Row]:
+    rows = []
+    frames = FrameFolderReader(str(root), IMAGE_TMPL)
+    for kind in FOLDERS:
+
+        def open_folder(video: int, kind: str = kind) -> tuple[int, Callable]:
+            folder = str(root / kind / str(video))
+            return video_material.FRAMES, lambda indices: plain_pipeline.read_folder(folder, IMAGE_TMPL, indices)
+
+        rows += [
+            train_row(f"train, K400 recipe, {kind}", 2.5, kind, frames, open_folder, "kinetics"),
+            train_row(
+                f"train, Something recipe, RandAugment, num_sample 2, {kind}",
+                4.0, kind, frames, open_folder, "something", rand_aug=True, repeats=2, rounds=25,
+            ),
+            eval_row(f"validation, kinetics, {kind}", 1.5, kind, root, "kinetics", clips=1, crops=1),
+            eval_row(f"validation, something, {kind}", 1.5, kind, root, "something", clips=1, crops=1),
+            eval_row(f"test, 3 crops x 4 clips, kinetics, {kind}", 4.0, kind, root, "kinetics", clips=4, crops=3),
+            eval_row(f"test, 3 crops x 2 clips, something, {kind}", None, kind, root, "something", clips=2, crops=3),
+        ]  # fmt: skip
+    for kind, (*_, goal) in VIDEOS.items():
+
+        def open_file(video: int, kind: str = kind) -> tuple[int, Callable]:
+            opened = plain_pipeline.open_video(str(root / kind / f"{video}.mp4"))
+            return len(opened), lambda indices: plain_pipeline.read_video(opened, indices)
+
+        reader = VideoFileReader(str(root), FIELDS["data.decoder"].default)
+        rows.append(train_row(f"train from video files, {kind}", goal, kind, reader, open_file, "kinetics", rounds=5))
+    return rows
+
+
+def compare(row: Row) -> list[str]:
+    """Medians of seconds over rounds, each round every video once by both sides, and of the ratios of the rounds."""
+    torch.manual_seed(0)
+    seconds, clips, sizes, difference = [], 0, (0, 0), []
+    for epoch in range(row.rounds + 1):
+        spent = [0.0, 0.0]
+        clips = 0
+        for video in range(VIDEOS_OF_A_KIND):
+            results = []
+            for side, load in enumerate((row.plain, row.ours)):
+                started = time.perf_counter()
+                results.append(load(epoch, video))
+                spent[side] += time.perf_counter() - started
+            clips += len(results[0])
+            sizes = tuple(result.untyped_storage().nbytes() // len(result) for result in results)
+            difference.append(grey_levels_apart(*results))
+            del results
+        seconds.append(spent)
+    plain, ours = (statistics.median(column) for column in zip(*seconds[1:], strict=True))  # the first warms up
+    ratio = statistics.median(a / b for a, b in seconds[1:])
+    found = {row.check(0, video) for video in range(VIDEOS_OF_A_KIND)}
+    goal = f"to reach {row.goal}" if row.goal else "no goal set"
+    return [
+        f"{row.name}: plain {clips / plain:.2f} clips/s, ours {clips / ours:.2f} clips/s, ratio {ratio:.2f} "
+        f"({goal}), {sizes[0]} and {sizes[1]} bytes a clip (ratio {sizes[0] / sizes[1]:.2f}), "
+        f"{', '.join(sorted(found))}, pixels {statistics.mean(difference):.2f} grey levels apart on average"
+    ]
+
+
+def grey_levels_apart(plain: torch.Tensor, ours: torch.Tensor) -> float:
+    difference = (plain - normalize_clips(ours)) * plain_pipeline.STD * 255
+    return difference.abs().mean().item()
+
+
+def make_material(root: Path) -> None:
+    """What is not there yet; every video appears when it is complete."""
+    with tempfile.TemporaryDirectory(dir=root) as unfinished:
+        for kind, (width, height) in FOLDERS.items():
+            for video in range(VIDEOS_OF_A_KIND):
+                if not (target := root / kind / str(video)).exists():
+                    video_material.write_images(source := Path(unfinished, kind, str(video)), video, width, height)
+                    target.parent.mkdir(exist_ok=True)
+                    source.rename(target)
+        for kind, (width, height, keys, _) in VIDEOS.items():
+            for video in range(VIDEOS_OF_A_KIND):
+                if not (target := root / kind / f"{video}.mp4").exists():
+                    source = Path(unfinished, "video.mp4")
+                    video_material.write_video(source, video, width, height, keys)
+                    target.parent.mkdir(exist_ok=True)
+                    source.rename(target)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_engine", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", metavar="WORDS", default="", help="rows whose names contain it; writes no file")
+    parser.add_argument("--material", type=Path, default=Path(tempfile.gettempdir(), "side4video_material"))
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    # A changed generator does not take old files for its own.
+    root = arguments.material / hashlib.sha256(Path(video_material.__file__).read_bytes()).hexdigest()[:12]
+    root.mkdir(parents=True, exist_ok=True)
+    make_material(root)
+    lines = [
+        describe_machine(),
+        f"1 process, 1 thread, {VIDEOS_OF_A_KIND} videos of {video_material.FRAMES} frames of each kind, clips of "
+        f"{SEGMENTS} frames, {SIZE} pixels",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    for row in all_rows(root):
+        if arguments.only in row.name:
+            lines += compare(row)
+            sys.stdout.write(lines[-1] + "\n")
+            sys.stdout.flush()
+    if not arguments.only:
+        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
