@@ -149,8 +149,8 @@ def check_batch(config: DotMap, model: Side4Video) -> None:
     shared = get_world_size() if config.solver.sync_bn else 1
     if config.data.batch_size * config.data.num_sample * shared == 1 and model.trained.side.norm_placement == "pre":
         raise ConfigError(
-            "data.batch_size: a process needs at least 2 clips in a batch, or solver.sync_bn and other processes: over a "
-            "single clip, the BatchNorm after the last side block leaves the same mean feature whatever the clip "
+            "data.batch_size: a process needs at least 2 clips in a batch, or solver.sync_bn and other processes: over "
+            "a single clip, the BatchNorm after the last side block leaves the same mean feature whatever the clip "
             "shows, and nothing is learnt"
         )
 

@@ -84,11 +84,43 @@ class FrozenLinear(torch.autograd.Function):
         grad = grad.flatten(0, -2)
         grad_bias = grad.sum(0, dtype=weight.dtype)
         if norm_weight is None:
-            return None, _grad_weight(grad, tokens.flatten(0, -2).to(grad.dtype), weight), grad_bias, None, None, None
+            return (
+                None,
+                _grad_weight(grad, tokens.flatten(0, -2).to(grad.dtype), weight.dtype),
+                grad_bias,
+                None,
+                None,
+                None,
+            )
         x = (tokens - mean).mul_(rstd).to(grad.dtype).flatten(0, -2)
-        common = _grad_weight(grad, x, weight)  # (S, D)
+        common = _grad_weight(grad, x, weight.dtype)  # (S, D)
         grad_weight = torch.addcmul(torch.outer(grad_bias, norm_bias), common, norm_weight)
         return None, grad_weight, grad_bias, (common * weight).sum(0), grad_bias @ weight, None
+
+
+class PatchLinear(torch.autograd.Function):
+    """Linear of every patch of clips that need no gradient; the clips are kept, not a copy cut into patches."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, clips: Tensor, weight: Tensor, patch_size: int) -> Tensor:
+        """clips (B, T, 3, H, W), weight (S, 3PP) -> (B, T, N, S) of the compute type."""
+        ctx.save_for_backward(clips)
+        ctx.patch_size, ctx.weight_dtype = patch_size, weight.dtype
+        dtype = compute_dtype(weight)
+        return F.linear(_patches(clips, patch_size).to(dtype), weight.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+        (clips,) = ctx.saved_tensors
+        patches = _patches(clips, ctx.patch_size).flatten(0, -2).to(grad.dtype)
+        return None, _grad_weight(grad.flatten(0, -2), patches, ctx.weight_dtype), None
+
+
+def _patches(clips: Tensor, P: int) -> Tensor:
+    """(B, T, 3, H, W) -> (B, T, N, 3PP), row-major."""
+    B, T, C, H, W = clips.shape
+    return clips.view(B, T, C, H // P, P, W // P, P).permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T, -1, C * P * P)
 
 
 class UnseenLinear(torch.autograd.Function):
@@ -105,13 +137,14 @@ class UnseenLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.to(x.dtype)
         rows = grad.flatten(0, -2)
-        return grad @ weight.to(x.dtype), _grad_weight(rows, x.flatten(0, -2), weight), rows.sum(0, dtype=weight.dtype)
+        grad_weight = _grad_weight(rows, x.flatten(0, -2), weight.dtype)
+        return grad @ weight.to(x.dtype), grad_weight, rows.sum(0, dtype=weight.dtype)
 
 
-def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """grad (rows, S), x (rows, D) -> grad^T x in the weight's type, taking the faster of the two orders."""
+def _grad_weight(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad (rows, S), x (rows, D) -> grad^T x, taking the faster of the two orders."""
     wide = x.shape[1] > grad.shape[1]
-    return ((x.t() @ grad).t() if wide else grad.t() @ x).to(weight.dtype)
+    return ((x.t() @ grad).t() if wide else grad.t() @ x).to(dtype)
 
 
 class SyncedNorm(torch.autograd.Function):

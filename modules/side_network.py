@@ -14,14 +14,14 @@ All streams are channels-last, (B, T, N, S) contiguous: pointwise convolutions a
 and nothing is ever transposed. tests/textbook.py holds the plain nn.Conv3d form that this one must equal.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.autograd import FrozenLinear, Pass, SyncedNorm, ThreeTaps, UnseenLinear, recomputed
+from modules.autograd import FrozenLinear, Pass, PatchLinear, SyncedNorm, ThreeTaps, UnseenLinear, recomputed
 from utils.distributed import all_reduce, get_world_size
 
 HEAD_WIDTH = 64
@@ -40,11 +40,8 @@ class TubeletStem(nn.Conv3d):
 
     def forward(self, clips: Tensor) -> Tensor:
         """(B, T, 3, H, W) -> (B, T, N, S)."""
-        B, T, C, H, W = clips.shape
-        P, S = self.kernel_size[-1], self.out_channels
-        patches = clips.view(B, T, C, H // P, P, W // P, P).permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T, -1, C * P * P)
-        weight = self.weight.permute(2, 0, 1, 3, 4).reshape(3 * S, C * P * P)
-        before, now, after = F.linear(patches, weight).split(S, dim=-1)
+        weight = self.weight.permute(2, 0, 1, 3, 4).flatten(0, 1).flatten(1)  # (3S, 3PP)
+        before, now, after = PatchLinear.apply(clips, weight, self.kernel_size[-1]).split(self.out_channels, dim=-1)
         x = now + self.bias.to(now.dtype)
         x[:, 1:] += before[:, :-1]
         x[:, :-1] += after[:, 1:]
@@ -268,18 +265,15 @@ class SideNetwork(nn.Module):
         `layer_tokens` is read one layer at a time, so a generator keeps no more than one layer's tokens alive unless
         the backward pass needs them.
         """
-        x = self._run(self._embed, [clips], [*self.stem.parameters(), *self.stem_bn.parameters()])
+        x = self.stem_bn(self.stem(clips), Pass(self.training))
         for projection, block, tokens in zip(self.projections, self.blocks, layer_tokens, strict=True):
             class_tokens, patches = projection(tokens).tensor_split([1], dim=2)
             shifted = shift_class_token(class_tokens.squeeze(2)).unsqueeze(2)
             x = (x + patches).mul_(0.5)
-            x = self._run(block, [x, shifted, self.pos], list(block.parameters()))
+            x = self._run(block, x, shifted)
         return (self.post_bn(x, Pass(self.training)) if self.norm_placement == "pre" else x).mean(dim=(1, 2))
 
-    def _embed(self, clips: Tensor, run: Pass) -> Tensor:
-        return self.stem_bn(self.stem(clips), run)
-
-    def _run(self, part: Callable[..., Tensor], inputs: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    def _run(self, block: SideBlock, x: Tensor, shifted: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(part, self.training, inputs, parameters)
-        return part(*inputs, Pass(self.training))
+            return recomputed(block, self.training, [x, shifted, self.pos], list(block.parameters()))
+        return block(x, shifted, self.pos, Pass(self.training))
