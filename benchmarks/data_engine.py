@@ -23,9 +23,10 @@ import torch
 from benchmarks import plain_pipeline, video_material
 from benchmarks.machine import describe_machine
 from datasets.annotations import VideoRecord
+from datasets.flips import SOMETHING_FLIP_PAIRS
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import sample_test, sample_train
-from datasets.transforms import SOMETHING_FLIP_PAIRS, EvalTransform, TrainTransform, normalize_clips
+from datasets.transforms import EvalTransform, TrainTransform, normalize_clips
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
 from utils.config_schema import FIELDS
 from utils.seeding import sample_rng

@@ -84,14 +84,8 @@ class FrozenLinear(torch.autograd.Function):
         grad = grad.flatten(0, -2)
         grad_bias = grad.sum(0, dtype=weight.dtype)
         if norm_weight is None:
-            return (
-                None,
-                _grad_weight(grad, tokens.flatten(0, -2).to(grad.dtype), weight.dtype),
-                grad_bias,
-                None,
-                None,
-                None,
-            )
+            x = tokens.flatten(0, -2).to(grad.dtype)
+            return None, _grad_weight(grad, x, weight.dtype), grad_bias, None, None, None
         x = (tokens - mean).mul_(rstd).to(grad.dtype).flatten(0, -2)
         common = _grad_weight(grad, x, weight.dtype)  # (S, D)
         grad_weight = torch.addcmul(torch.outer(grad_bias, norm_bias), common, norm_weight)

@@ -23,6 +23,7 @@ from utils.errors import DataError, UserError
 REPOSITORY = Path(__file__).parents[1]
 NAMES = ("fall down", "jump", "turn left", "turn right")
 FRAMES = 4
+VIDEO_SIZE = (128, 96)  # decord refuses some smaller widths
 
 
 def write_frames(folder: Path, seed: int, numbers=range(1, FRAMES + 1), size=(24, 16)) -> None:
@@ -45,7 +46,7 @@ class DataSet:
             for i in range(count):
                 name, seed = f"{part} {i}", 100 * (part == "val") + i
                 if modality == "video":
-                    write_video(root / "media" / f"{name}.mp4", seed, FRAMES)
+                    write_video(root / "media" / f"{name}.mp4", seed, FRAMES, VIDEO_SIZE)
                     self.lines[part].append(f"{name}.mp4 {i % 4}")
                 else:
                     write_frames(root / "media" / name, seed)
@@ -381,7 +382,7 @@ def test_videos_that_cannot_be_decoded_to_their_end(videos, decoder):
 
 def test_damage_in_the_middle_is_placed(videos):
     path = videos.media / "train 0.mp4"
-    write_video(path, count=60)
+    write_video(path, count=60, size=VIDEO_SIZE)
     content = bytearray(path.read_bytes())
     middle = (content.index(b"mdat") + content.index(b"moov")) // 2
     content[middle : middle + 400] = bytes(400)
@@ -391,7 +392,7 @@ def test_damage_in_the_middle_is_placed(videos):
 
 def test_a_video_that_only_another_decoder_reads(videos):
     """PyAV reads a transport stream, and decord is refused it, since it may lose frames."""
-    write_video(videos.media / "train 0.ts")
+    write_video(videos.media / "train 0.ts", size=VIDEO_SIZE)
     videos.lines["train"][0] = "train 0.ts 0"
     assert "decord" in videos.only_finding("train", 1, "error", "unreadable", "data.decoder=decord")
     assert videos.check("data.decoder=pyav")[:2] == (0, [])
@@ -419,7 +420,7 @@ def test_frames_that_the_decoder_calls_damaged_are_a_warning(videos):
 @pytest.mark.parametrize("suffix", [".webm", ".mkv"])
 def test_what_is_cut_off_without_an_error_is_a_warning(videos, suffix):
     path = videos.media / f"train 0{suffix}"
-    write_video(path, count=40)
+    write_video(path, count=40, size=VIDEO_SIZE)
     videos.lines["train"][0] = f"{path.name} 0"
     assert videos.check("data.decoder=pyav")[:2] == (0, [])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -60,8 +60,7 @@ def test_warm_up_as_long_as_the_training_never_divides_by_zero():
 def test_three_groups_hold_every_trained_tensor_once(accumulation, sync_bn, norm_lr):
     config = tiny_config()
     plain = config.toDict()
-    plain["solver"]["sync_bn"] = sync_bn
-    plain["solver"] = {"lr": 1e-2, "clip_ratio": 0.5, "betas": [0.9, 0.99], "weight_decay": 0.15}
+    plain["solver"] = {"sync_bn": sync_bn, "lr": 1e-2, "clip_ratio": 0.5, "betas": [0.9, 0.99], "weight_decay": 0.15}
     plain["solver"]["grad_accumulation_steps"] = accumulation
     model = build_model(config)
     optimizer = build_optimizer(model, DotMap(plain, _dynamic=False))

@@ -179,6 +179,7 @@ def test_blocks_after_the_last_one_read_are_not_there(tmp_path, caplog):
     tokens = list(whole.layer_tokens(clips_of(28)))
     for ours, block in zip(model.backbone.layer_tokens(clips_of(28)), (0, 2), strict=True):
         assert ours.equal(tokens[block])
+    config.data.modality = "RGB"
     lines = "\n".join(describe_model(config, model))
     assert "3 of 4 blocks" in lines and "after its blocks 0, 2 (from 0)" in lines and "variant post" in lines
 
