@@ -51,6 +51,7 @@ def main() -> None:
     ]
     for name, sizes in SIZES.items():
         side = SideNetwork(**sizes).train()
+        side.recompute = False  # what that costs: benchmarks/training_step.py
         textbook = textbook_of(side, **sizes)
         clips = torch.randn(CLIPS, FRAMES, 3, 224, 224)
         shape = (CLIPS, FRAMES, 1 + sizes["num_patches"], sizes["backbone_width"])
