@@ -44,7 +44,7 @@ from datasets.annotations import (
 )
 from datasets.flips import flip_pairs, mirror_words
 from datasets.frame_files import frame_pattern
-from datasets.readers import VideoFileReader
+from datasets.readers import JPEG_START, VideoFileReader
 from datasets.sampling import protocol_of
 from tools.prepare_data import as_json, decode, write_text
 from utils.config import load_config
@@ -53,7 +53,6 @@ from utils.parallel import parallel_map, usable_cores
 
 PRINTED = 20  # findings of one kind in one list
 CHUNK = 1 << 20
-JPEG_START = b"\xff\xd8"
 WHOLE_SHARE = 0.9  # of the stated length; the last frame may be shown longer, or a sound last longer than the picture
 PARTS = {"train": "training", "val": "validation"}
 
