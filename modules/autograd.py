@@ -215,7 +215,7 @@ class Recomputed(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(w) for t, w in zip(tensors[: ctx.num_inputs], wanted, strict=False)]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            output = ctx.part(*inputs, Pass(ctx.run.training, again=True, shared=ctx.run.shared))
+            output = ctx.part(*inputs, Pass(ctx.run.training, again=True, shared=list(ctx.run.shared)))
         sources = [*inputs, *tensors[ctx.num_inputs :]]
         grads = iter(torch.autograd.grad(output, [t for t, w in zip(sources, wanted, strict=True) if w], grad))
         return None, None, None, *(next(grads) if w else None for w in wanted)
