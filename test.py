@@ -19,19 +19,19 @@ import numpy as np
 from datasets.annotations import UNLABELLED
 from datasets.decoders import describe_decoder
 from datasets.loaders import build_eval_loader
-from modules import build_model, resolve_input_size
+from engine.class_names import class_order
+from engine.configuration import read_config
+from engine.loops import evaluate
+from engine.metrics import class_accuracy, topk_accuracy
+from engine.summary import describe_model
+from modules import build_model
+from modules.checkpoint import holds_tower, load_model_state, read_checkpoint
 from utils.atomic import write_atomically
-from utils.checkpoint import holds_tower, load_model_state, read_checkpoint
-from utils.class_names import class_order
-from utils.config import load_config
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
-from utils.engine import evaluate
 from utils.errors import DataError, run_program
 from utils.logger import setup_logging
-from utils.metrics import class_accuracy, topk_accuracy
 from utils.precision import resolve_precision
 from utils.seeding import seed_everything
-from utils.summary import describe_model
 
 log = logging.getLogger("test")
 
@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
     overrides = [*args.overrides, *(["data.dense=True"] if args.dense else [])]
     if args.precision:
         overrides.append(f"solver.precision={args.precision}")
-    config = load_config(args.config, overrides, purpose="test")
-    resolve_input_size(config)
+    config = read_config(args.config, overrides, purpose="test")
 
     device = init_distributed()
     setup_logging()
@@ -100,8 +99,8 @@ def main(argv: list[str]) -> None:
             "index_base": config.data.index_base,
             "resize": config.data.resize,
             "input_size": config.data.input_size,
-            "mean": model.backbone.mean,
-            "std": model.backbone.std,
+            "mean": config.data.mean,
+            "std": config.data.std,
             "test_crops": args.test_crops,
             "test_clips": args.test_clips,
             "dense": config.data.dense,

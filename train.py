@@ -17,10 +17,16 @@ from dotmap import DotMap
 
 from datasets.decoders import describe_decoder
 from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
-from modules import build_model, resolve_input_size
-from modules.side4video import Side4Video
-from utils.atomic import write_atomically
-from utils.checkpoint import (
+from engine.class_names import class_order, names_differ
+from engine.configuration import read_config
+from engine.loops import evaluate, train_one_epoch
+from engine.metrics import topk_accuracy
+from engine.optim import build_optimizer
+from engine.summary import describe_run
+from engine.throughput import Throughput
+from modules import build_model
+from modules.checkpoint import (
+    checkpoint_state,
     holds_tower,
     is_official,
     load_model_state,
@@ -28,18 +34,13 @@ from utils.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from utils.class_names import class_order, names_differ
-from utils.config import load_config
+from modules.side4video import Side4Video
+from utils.atomic import write_atomically
 from utils.distributed import close_distributed, from_first, gather, get_rank, get_world_size, init_distributed
-from utils.engine import evaluate, train_one_epoch
 from utils.errors import CheckpointError, ConfigError, run_program
 from utils.logger import setup_logging
-from utils.metrics import topk_accuracy
-from utils.optim import build_optimizer
 from utils.precision import resolve_precision
 from utils.seeding import seed_everything
-from utils.summary import describe_run
-from utils.throughput import Throughput
 
 LAST, BEST = "last_model.pt", "model_best.pt"
 
@@ -52,20 +53,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", metavar="DIR", help="default: exp_onehot/<dataset>/<arch>/<time>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides, purpose="train")
+    config = read_config(args.config, args.overrides, purpose="train")
     train(config, args.output)
     close_distributed()
 
 
-def train(config: DotMap, output: str | None = None, build: Callable[..., Side4Video] = build_model) -> float:
-    """Run the whole training and return the best validation top-1 in percent (-1.0 if nothing was evaluated).
+def train(config: DotMap, output: str | None = None, build: Callable[..., Side4Video] = build_model) -> float | None:
+    """Run the whole training and return the best validation top-1 in percent, None if nothing was evaluated.
 
     Args:
         config: of `load_config`.
         output: folder for checkpoints, log and the resolved configuration.
         build: what makes the model of a configuration; experiments pass their own.
     """
-    resolve_input_size(config)
     device = init_distributed()
     output = from_first(prepare_output(config, output) if get_rank() == 0 else None)
     setup_logging(output / "train.log")
@@ -94,7 +94,7 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
     for line in describe_run(config, model, train_loader, val_loader, precision):
         log.info(line)
 
-    first_epoch, best = config.solver.start_epoch, -1.0
+    first_epoch, best = config.solver.start_epoch, None
     if config.resume:
         first_epoch, best = resume(start, optimizer, scaler, config)
     throughput = Throughput(config, device, train_loader.dataset)
@@ -105,23 +105,22 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
         report_replaced(train_loader, epoch)
         model.broadcast_buffers()
 
-        accuracy = -1.0
-        if is_evaluated(epoch, config):
-            accuracy = validate(model, val_loader, precision, config)
-        improved, best = accuracy > best, max(accuracy, best)
-        log.info("epoch %d done: loss %.4f, best top-1 %s", epoch, loss, f"{best:.2f}" if best >= 0 else "none yet")
+        accuracy = validate(model, val_loader, precision, config) if is_evaluated(epoch, config) else None
+        improved = accuracy is not None and (best is None or accuracy > best)
+        best = accuracy if improved else best
+        log.info("epoch %d done: loss %.4f, best top-1 %s", epoch, loss, percent(best))
         if get_rank() == 0:
-            state = {
-                **frozen,
-                "trained": model.trained.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "epoch": epoch + 1,
-                "best_accuracy": best,
-                "config": config.toDict(),
-                "class_names": class_names,
-                "decoder": describe_decoder(config.data),
-            }
+            state = checkpoint_state(
+                frozen,
+                model.trained.state_dict(),
+                config.toDict(),
+                class_names,
+                epoch=epoch + 1,
+                best_accuracy=best,
+                decoder=describe_decoder(config.data),
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+            )
             save_checkpoint(output / LAST, state)
             if improved:
                 write_atomically(output / BEST, lambda file: copy_into(output / LAST, file))
@@ -171,7 +170,7 @@ def prepare_output(config: DotMap, output: str | None) -> Path:
     return folder
 
 
-def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float]:
+def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float | None]:
     """Restore optimizer and scaler; rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
     if "optimizer" not in checkpoint:
         kind = "released" if is_official(checkpoint) else "converted"
@@ -181,8 +180,12 @@ def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotM
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
     scaler.load_state_dict(checkpoint["scaler"])
-    log.info("resume: epoch %d, best top-1 so far %.2f", checkpoint["epoch"], checkpoint["best_accuracy"])
+    log.info("resume: epoch %d, best top-1 so far %s", checkpoint["epoch"], percent(checkpoint["best_accuracy"]))
     return checkpoint["epoch"], checkpoint["best_accuracy"]
+
+
+def percent(accuracy: float | None) -> str:
+    return "none yet" if accuracy is None else f"{accuracy:.2f}"
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:

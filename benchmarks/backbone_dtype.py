@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
-from dotmap import DotMap
 from torch import Tensor
 
 from benchmarks.machine import describe_machine
+from engine.configuration import default_config
 from modules import build_model
 
 RESULTS = Path("benchmarks/results/backbone_dtype.txt")
@@ -22,11 +22,10 @@ CLIPS, FRAMES, CLASSES, SEED = 2, 8, 174, 1024
 
 def logits_and_tokens(dtype: str, clips: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (CLIPS, K) and the last block's tokens, in float32, of the model whose tower has that type."""
-    network = {"arch": "ViT-B/16", "init": False, "weights": None, "backbone_kwargs": {}, "backbone_dtype": dtype}
-    network |= {"side_dim": 320, "side_variant": None, "side_layers": None, "drop_fc": 0.0}
-    data = {"input_size": 224, "num_classes": CLASSES}
+    network = {"arch": "ViT-B/16", "backbone_kwargs": {}, "side_dim": 320, "backbone_dtype": dtype}
+    config = default_config(data={"input_size": 224, "num_classes": CLASSES}, network=network)
     torch.manual_seed(SEED)
-    model = build_model(DotMap({"network": network, "data": data}, _dynamic=False)).eval()
+    model = build_model(config).eval()
     with torch.inference_mode():
         tokens = list(model.backbone.layer_tokens(clips))
         return model.trained(clips, tokens), tokens[-1].float()

@@ -23,14 +23,14 @@ from torch.nn.utils.parametrize import register_parametrization
 from benchmarks.machine import describe_machine
 from datasets.annotations import VideoRecord, read_annotations
 from datasets.loaders import build_eval_loader
-from datasets.motion_demo import CLASSES
+from engine.configuration import read_config
+from engine.loops import evaluate
 from modules import build_model, side_network
+from modules.checkpoint import load_weights
 from modules.side4video import Side4Video
 from modules.side_network import TemporalConv, TubeletStem
+from tools.motion_demo import CLASSES
 from train import train
-from utils.checkpoint import load_weights
-from utils.config import load_config
-from utils.engine import evaluate
 from utils.errors import run_program
 from utils.precision import resolve_precision
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.motion_controls", description="Controls of the demo.")
     parser.add_argument("checkpoint", help="of the demo's training")
     args = parser.parse_args(argv)
-    config = load_config(CONFIG)
+    config = read_config(CONFIG)
     precision = resolve_precision("fp32", torch.device("cpu"))
     records = read_annotations(config.data.val_list, config.data.num_classes)
     labels = torch.tensor([record.label for record in records])
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         model = build_model(config, load_tower=False)
         load_weights(model, args.checkpoint)
         forward = torch.from_numpy(evaluate(model, build_eval_loader(config), precision, config)).argmax(1)
-        backward_config = load_config(CONFIG, [f"data.val_root={folder}"])
+        backward_config = read_config(CONFIG, [f"data.val_root={folder}"])
         backward = torch.from_numpy(evaluate(model, build_eval_loader(backward_config), precision, config)).argmax(1)
     opposite = labels ^ 1  # neighbours are opposites
     lines += [

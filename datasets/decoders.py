@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -114,18 +115,26 @@ class PyAVVideo:
         return len(self._held)
 
     def _decode(self) -> Iterator[Any]:
-        """The frames from first to last. Opens the file anew: to seek to the start is not exact in every format."""
-        av = _import("av")
-        with av.open(self._path) as container:
-            stream = _video_stream(container)
-            try:
-                for packet in container.demux(stream):
-                    yield from packet.decode()
-            except av.FFmpegError:
-                try:
-                    yield from stream.codec_context.decode(None)  # those that wait for their turn in the decoder
-                except av.FFmpegError:
-                    return
+        return decode_all(self._path, stop_at_damage=True)
+
+
+def decode_all(path: str | Path, stop_at_damage: bool = False) -> Iterator[Any]:
+    """Every frame of a video file as PyAV gives it, in the order of presentation.
+
+    Opens the file anew: seeking to the start is not exact in every format. At the first packet that cannot be decoded
+    it raises PyAV's error, or with `stop_at_damage` ends after the frames that the decoder still holds.
+    """
+    av = _import("av")
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        try:
+            for packet in container.demux(stream):
+                yield from packet.decode()
+        except av.FFmpegError:
+            if not stop_at_damage:
+                raise
+            with contextlib.suppress(av.FFmpegError):
+                yield from stream.codec_context.decode(None)
 
 
 @dataclass(frozen=True)

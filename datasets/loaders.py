@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
+from dotmap import DotMap
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.annotations import few_shot, read_annotations, read_class_names
 from datasets.flips import flip_pairs
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
-from datasets.sampling import protocol_of
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
 from utils.errors import DataError
@@ -28,7 +28,7 @@ class VideoLoader(DataLoader):
             yield batch
 
 
-def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> VideoLoader:
+def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> VideoLoader:
     """Batches of `data.batch_size` videos in this process's share of an order that changes with the epoch.
 
     A batch is {"clips": uint8 (B, T, 3, H, W), "labels": int64 (B,), "indices": int64 (batch_size,)} with
@@ -39,14 +39,14 @@ def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> Video
     """
     data = config.data
     common = _common_parts(config, data.train_root, data.train_list)
-    labels = flip_pairs(common["protocol"], data.num_classes, common["class_names"]) if data.flip else None
+    labels = flip_pairs(data.protocol, data.num_classes, common["class_names"]) if data.flip else None
     if data.shot:
         names = common["class_names"] or [f"class {label}" for label in range(data.num_classes)]
         common["records"] = few_shot(common["records"], data.shot, names, shot_rng(config.seed))
     dataset = TrainVideoDataset(
         **common,
         skip_unreadable=data.on_error == "skip",
-        transform=TrainTransform(common["protocol"], data.input_size, labels, data.rand_aug, data.resize),
+        transform=TrainTransform(data.protocol, data.input_size, data.resize, labels, data.rand_aug),
         dense=data.dense,
         seed=config.seed,
         random_shift=data.random_shift,
@@ -64,7 +64,7 @@ def build_train_loader(config: Any, rank: int = 0, world_size: int = 1) -> Video
 
 
 def build_eval_loader(
-    config: Any,
+    config: DotMap,
     rank: int = 0,
     world_size: int = 1,
     clips: int = 1,
@@ -86,17 +86,12 @@ def build_eval_loader(
     dataset = EvalVideoDataset(
         **common,
         skip_unreadable=data.modality == "video" or data.on_error == "skip",
-        transform=EvalTransform(common["protocol"], data.input_size, crops, data.resize),
+        transform=EvalTransform(data.input_size, data.resize, crops),
         dense=data.dense if dense is None else dense,
         num_clips=clips,
     )
-    videos = max(1, view_batch(config) // (clips * crops))
+    videos = max(1, config.test.view_batch // (clips * crops))
     return _loader(config, dataset, range(rank, len(dataset), world_size), videos)
-
-
-def view_batch(config: Any) -> int:
-    """How many views go through the model at once in evaluation."""
-    return config.test.view_batch or config.data.batch_size
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -131,24 +126,24 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {**{name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}, "unreadable": unreadable}
 
 
-def _common_parts(config: Any, root: str, list_path: str, unlabelled: bool = False) -> dict[str, Any]:
+def _common_parts(config: DotMap, root: str, list_path: str, unlabelled: bool = False) -> dict[str, Any]:
     data = config.data
     return {
         "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled),
         "class_names": read_class_names(data.label_list, data.num_classes) if data.label_list else None,
         "reader": _reader(data, root),
-        "protocol": data.protocol or protocol_of(data.dataset),
+        "protocol": data.protocol,
         "num_segments": data.num_segments,
     }
 
 
-def _reader(data: Any, root: str) -> Reader:
+def _reader(data: DotMap, root: str) -> Reader:
     if data.modality == "video":
         return VideoFileReader(root, data.decoder)
     return FrameFolderReader(root, data.image_tmpl, data.count_frames, data.index_base)
 
 
-def _loader(config: Any, dataset: VideoDataset, sampler: Sized, batch_size: int) -> VideoLoader:
+def _loader(config: DotMap, dataset: VideoDataset, sampler: Sized, batch_size: int) -> VideoLoader:
     workers = config.data.workers
     return VideoLoader(
         dataset,

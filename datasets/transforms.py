@@ -31,14 +31,14 @@ class TrainTransform:
 
     protocol: str
     input_size: int
+    resize: int | Sequence[int]
     flip_labels: Mapping[int, int] | None
     rand_aug: bool = False
-    resize: int | Sequence[int] | None = None
 
     def __call__(self, frames: Sequence[np.ndarray], label: int, rng: np.random.Generator, clip: torch.Tensor) -> int:
         """Fill `clip`, uint8 (T, 3, S, S), and return its label."""
         operations = draw_operations(int(rng.integers(2**32))) if self.rand_aug else ()
-        size = resize_size(*_size(frames[0]), self.protocol, self.input_size, self.resize)
+        size = resize_size(*_size(frames[0]), self.resize)
         crop = draw_crop(*size, self.input_size, rng)
         flip = rng.random() < 0.5 and self.flip_labels is not None
         gray = rng.random() < GRAY_SHARE[self.protocol]
@@ -63,15 +63,14 @@ class TrainTransform:
 class EvalTransform:
     """Resize, then 1, 3, 5 or 10 crops at fixed places; equal, bit for bit, to Pillow's on every frame alone."""
 
-    protocol: str
     input_size: int
+    resize: int | Sequence[int]
     num_crops: int = 1
-    resize: int | Sequence[int] | None = None
 
     def __call__(self, frames: Sequence[np.ndarray], places: np.ndarray | None = None) -> torch.Tensor:
         """uint8 (crops, T, 3, S, S): frames in their order, or frame `places[t]` at t."""
         places = np.arange(len(frames)) if places is None else places
-        size = resize_size(*_size(frames[0]), self.protocol, self.input_size, self.resize)
+        size = resize_size(*_size(frames[0]), self.resize)
         corners = crop_corners(*size, self.input_size, self.num_crops)
         upper_left, lower_right = np.min(corners, axis=0), np.max(corners, axis=0) + self.input_size
 
@@ -101,21 +100,22 @@ def _size(frame: np.ndarray) -> tuple[int, int]:
     return frame.shape[1], frame.shape[0]
 
 
-def resize_size(
-    width: int, height: int, protocol: str, input_size: int, resize: int | Sequence[int] | None = None
-) -> tuple[int, int]:
+def protocol_resize(protocol: str, input_size: int) -> int | list[int]:
+    """The protocol's `data.resize`: the shorter side, or [height, width], in pixels."""
+    if protocol == "something":
+        base = input_size if input_size > 256 else 224
+        return [256 * base // 224, 320 * base // 224]
+    return 256 if input_size == 224 else input_size
+
+
+def resize_size(width: int, height: int, resize: int | Sequence[int]) -> tuple[int, int]:
     """(width, height) a frame is resized to before it is cropped.
 
-    `resize` is the shorter side, or [height, width] whatever the frame's are, or None for what the protocol says.
+    `resize` is the shorter side, or [height, width] whatever the frame's are.
     """
     if isinstance(resize, int):
         return _shorter_side_to(resize, width, height)
-    if resize is not None:
-        return resize[1], resize[0]
-    if protocol == "something":
-        base = input_size if input_size > 256 else 224
-        return 320 * base // 224, 256 * base // 224
-    return _shorter_side_to(256 if input_size == 224 else input_size, width, height)
+    return resize[1], resize[0]
 
 
 def _shorter_side_to(target: int, width: int, height: int) -> tuple[int, int]:

@@ -186,7 +186,7 @@ class Pass:
 class Recomputed(torch.autograd.Function):
     """Runs `part(*inputs, run)` and keeps its inputs alone; the backward pass runs it again with a graph.
 
-    Like torch.utils.checkpoint, but running statistics move once, shared ones are fetched once, and the second run
+    Like torch.modules.checkpoint, but running statistics move once, shared ones are fetched once, and the second run
     may leave out what no gradient needs.
     """
 

@@ -66,6 +66,14 @@ def find_architecture(arch: str) -> Architecture:
     )
 
 
+def stated_pixels(architecture: Architecture) -> dict[str, Any]:
+    """`input_size`, `mean` and `std` of the pixels that timm's weights were trained with; None where timm has none."""
+    stated = timm.get_pretrained_cfg(architecture.timm_name)
+    if stated is None:
+        return {"input_size": None, "mean": None, "std": None}
+    return {"input_size": stated.input_size[-1], "mean": list(stated.mean), "std": list(stated.std)}
+
+
 def choose_layers(side_layers: str | list[int], depth: int) -> list[int]:
     """Blocks that the side network reads, from 0: `all`, `every2` (1, 3, 5, ...), `last:N`, or a rising list.
 
@@ -121,7 +129,6 @@ class FrozenTower(nn.Module):
     Attributes:
         layers: blocks whose tokens are given, from 0, rising.
         depth: blocks of the whole tower, of which `num_blocks` are left.
-        mean, std: to normalise pixels with, for each channel, pixels from 0 to 1; at first those of timm's weights.
         timm_size: height and width that timm's weights were trained with; another one resamples position tables.
     """
 
@@ -171,13 +178,12 @@ class FrozenTower(nn.Module):
             if isinstance(getattr(block.mlp, "act", None), QuickGELU):
                 block.mlp.act = InPlaceQuickGELU()
         self.timm_size = vit.pretrained_cfg["input_size"][-1]
-        self.mean, self.std = (tuple(vit.pretrained_cfg[key]) for key in ("mean", "std"))
         self.vit = vit.requires_grad_(False).eval()
         self.width = vit.embed_dim
         self.num_blocks = len(vit.blocks)
         self.num_patches = vit.patch_embed.num_patches
         self.weight_file: str | None = None
-        self.hashes: dict[str, str] | None = None  # of the tensors of weight_file, by utils.hashing.tower_hashes
+        self.hashes: dict[str, str] | None = None  # of the tensors of weight_file, by modules.hashing.tower_hashes
 
     def train(self, mode: bool = True) -> "FrozenTower":
         """Stays in eval mode, whatever its parent does."""

@@ -13,9 +13,9 @@ from timm.models import eva, load_state_dict_from_hf, vision_transformer
 from torch import Tensor
 
 from modules.backbones import OPENAI, Architecture, FrozenTower
+from modules.hashing import tower_hashes
 from modules.torchscript_archive import is_torchscript, read_torchscript
 from utils.errors import CheckpointError, ConfigError
-from utils.hashing import tower_hashes
 
 HUB = "hub"
 PRETRAINED_DIR = Path("clip_pretrain")

@@ -4,22 +4,15 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
-import timm
 import torch
-from dotmap import DotMap
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from modules.backbones import FrozenTower, find_architecture
-from modules.pretrained import load_tower_weights
+from modules.backbones import FrozenTower
 from modules.side_network import SideNetwork, TokenBatchNorm
-from utils.config import resize_problem
 from utils.distributed import average_bucket, get_world_size
 from utils.errors import ConfigError
-from utils.precision import resolve_precision
-
-VARIANT_LAYERS = {"pre": "all", "post": "every2"}  # blocks that each variant reads, if network.side_layers says nothing
 
 
 class SideClassifier(nn.Module):
@@ -112,67 +105,3 @@ def check_compiler(device: torch.device) -> None:
             f"solver.compile: torch.compile does not work here ({reason}); install a C++ compiler such as g++ (CXX "
             "names another), or set solver.compile=False"
         ) from error
-
-
-def backbone_dtype(config: DotMap) -> torch.dtype:
-    """The type of `network.backbone_dtype`; `auto` depends on whether there is a GPU."""
-    name = config.network.backbone_dtype
-    if name != "auto":
-        return getattr(torch, name)
-    if not torch.cuda.is_available():
-        return torch.float32
-    return resolve_precision(config.solver.precision, torch.device("cuda")).dtype
-
-
-def resolve_input_size(config: DotMap) -> None:
-    """Fill in `data.input_size` with the size that timm states for the tower, if the configuration leaves it open.
-
-    Raises:
-        ConfigError: unknown architecture, or timm states none, or `data.resize` is below it.
-    """
-    if config.data.input_size is None:
-        stated = timm.get_pretrained_cfg(find_architecture(config.network.arch).timm_name)
-        if stated is None:
-            raise ConfigError(f"data.input_size: give it, timm states none for {config.network.arch}")
-        config.data.input_size = stated.input_size[-1]
-        if problem := resize_problem(config.data.get("resize"), config.data.input_size):
-            raise ConfigError(f"data.resize: {problem}")
-
-
-def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
-    """Build the model of a configuration on the CPU: the tower of `network.backbone_dtype`, the rest in float32.
-
-    Random parts are drawn from torch's global generator.
-
-    Args:
-        config: sections `network` and `data` are read, and `solver.precision` where there is a GPU.
-        load_tower: False leaves the tower without weights, on the meta device; for callers that load a checkpoint
-            which holds the tower.
-
-    Raises:
-        ConfigError: unknown architecture, impossible sizes, or the weight file is absent.
-        CheckpointError: the weight file does not fit the architecture.
-    """
-    resolve_input_size(config)
-    network, data = config.network, config.data
-    architecture = find_architecture(network.arch)
-    variant = network.side_variant or architecture.side_variant
-    side_layers = VARIANT_LAYERS[variant] if network.side_layers is None else network.side_layers
-    filled = network.init or not load_tower
-    tower = FrozenTower(architecture.timm_name, data.input_size, network.backbone_kwargs, side_layers, filled)
-    tower.mean, tower.std = (tuple(data.get(name) or getattr(tower, name)) for name in ("mean", "std"))
-    tower.convert(backbone_dtype(config))
-    if network.init and load_tower:
-        load_tower_weights(tower, architecture, network.arch, network.weights)
-    try:
-        side = SideNetwork(
-            backbone_width=tower.width,
-            side_width=network.side_dim,
-            num_layers=len(tower.layers),
-            patch_size=tower.patch_size,
-            num_patches=tower.num_patches,
-            norm_placement=variant,
-        )
-    except ValueError as error:
-        raise ConfigError(f"network.side_dim: {error}") from error
-    return Side4Video(tower, SideClassifier(side, data.num_classes, network.drop_fc))

@@ -5,7 +5,7 @@ CDPATH='' cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
 
 make_environment requirements.txt
-"$PYTHON" -m datasets.motion_demo demo_data/motion
+"$PYTHON" -m tools.motion_demo demo_data/motion
 rm -rf exp_onehot/demo # of the last demo; training refuses a folder that holds another run
 sh scripts/run_train_vision.sh configs/demo/motion.yaml --output exp_onehot/demo
 sh scripts/run_test_vision.sh configs/demo/motion.yaml exp_onehot/demo/model_best.pt --test_crops 3 --test_clips 2

@@ -3,18 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from tiny import random_frame
 
-from datasets.motion_demo import CLASSES, generate
-
-
-def random_frame(seed: Sequence[int], size: tuple[int, int]) -> Image.Image:
-    """A smooth random RGB image of (width, height), another one for every seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, size=(6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+from tools.motion_demo import CLASSES, generate
 
 
 @pytest.fixture

@@ -1,54 +1,14 @@
 import pytest
 import timm
 import torch
-from dotmap import DotMap
+from tiny import TOWER, published_form, tiny_config, tiny_tower
 
-from modules import build_model, resolve_input_size
+from engine.configuration import default_config
+from modules import build_model
 from modules.backbones import ARCHITECTURES, FrozenTower, find_architecture
+from modules.hashing import hash_tensors
 from modules.pretrained import load_tower_weights
 from utils.errors import CheckpointError, ConfigError
-from utils.hashing import hash_tensors
-
-TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-
-
-def tiny_tower(arch="ViT-B/16", **kwargs):
-    torch.manual_seed(0)
-    return FrozenTower(find_architecture(arch).timm_name, 32, {**TINY, **kwargs})
-
-
-def tiny_config(arch="ViT-B/16", init=False, weights=None, **kwargs):
-    network = {"arch": arch, "init": init, "weights": weights, "side_dim": 64, "drop_fc": 0.0}
-    network |= {"backbone_dtype": "auto", "side_variant": None, "side_layers": None}
-    network["backbone_kwargs"] = {**TINY, **kwargs}
-    return DotMap({"network": network, "data": {"input_size": 32, "num_classes": 5}}, _dynamic=False)
-
-
-def published_form(tower, dtype=torch.float32):
-    """The tower's tensors as OpenAI names them, with final norm, projection and a text tower around them."""
-    swaps = [
-        ("patch_embed.proj", "conv1"),
-        ("norm_pre", "ln_pre"),
-        ("attn.qkv.", "attn.in_proj_"),
-        ("attn.proj", "attn.out_proj"),
-        ("mlp.fc1", "mlp.c_fc"),
-        ("mlp.fc2", "mlp.c_proj"),
-        ("norm1", "ln_1"),
-        ("norm2", "ln_2"),
-        ("blocks.", "transformer.resblocks."),
-        ("pos_embed", "positional_embedding"),
-        ("cls_token", "class_embedding"),
-    ]
-    state = {}
-    for name, tensor in tower.vit.state_dict().items():
-        for ours, theirs in swaps:
-            name = name.replace(ours, theirs)
-        tensor = tensor.squeeze() if name in ("class_embedding", "positional_embedding") else tensor
-        state[f"visual.{name}"] = tensor.to(dtype)
-    width = tower.width
-    state |= {"visual.ln_post.weight": torch.ones(width), "visual.ln_post.bias": torch.zeros(width)}
-    state |= {"visual.proj": torch.randn(width, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
-    return state | {"logit_scale": torch.tensor(1.0), "input_resolution": torch.tensor(32)}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -75,7 +35,7 @@ def test_tokens_equal_timm_forward_intermediates_to_the_bit(arch):
         clips.flatten(0, 1), output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
     )
     tokens = list(tower.layer_tokens(clips))
-    assert len(tokens) == len(expected) == TINY["depth"]
+    assert len(tokens) == len(expected) == TOWER["depth"]
     for ours, (patches, class_token) in zip(tokens, expected, strict=True):
         assert ours.shape == (2, 3, 5, 32) and not ours.requires_grad
         assert ours.flatten(0, 1).equal(torch.cat([class_token, patches], dim=1))
@@ -116,9 +76,8 @@ def test_logits_have_the_shape_clips_by_classes():
 
 def test_parameter_counts_of_the_paper():
     def millions(arch):
-        network = {"arch": arch, "init": False, "weights": None, "side_dim": 320, "drop_fc": 0.0, "backbone_kwargs": {}}
-        network |= {"backbone_dtype": "auto", "side_variant": None, "side_layers": None}
-        model = build_model(DotMap({"network": network, "data": {"input_size": 224, "num_classes": 174}}))
+        network = {"arch": arch, "side_dim": 320, "backbone_kwargs": {}}
+        model = build_model(default_config(data={"input_size": 224, "num_classes": 174}, network=network))
         return [round(sum(p.numel() for p in m.parameters()) / 1e6, 2) for m in (model.trained, model.backbone)]
 
     assert millions("ViT-B/16") == [21.11, 85.80]
@@ -213,7 +172,5 @@ def test_towers_that_cannot_work_are_refused(arch, kwargs, message):
     ],
 )
 def test_the_input_size_is_the_towers_unless_given(arch, given, size):
-    config = tiny_config(arch)
-    config.data.input_size = given
-    resolve_input_size(config)
+    config = default_config(data={"input_size": given}, network={"arch": arch})
     assert config.data.input_size == size

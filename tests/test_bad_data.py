@@ -8,9 +8,9 @@ import pytest
 
 import test as test_program
 import train as train_program
-from datasets.motion_demo import CLASSES
+from engine.metrics import class_accuracy, topk_accuracy
+from tools.motion_demo import CLASSES
 from utils.errors import DataError, UserError
-from utils.metrics import class_accuracy, topk_accuracy
 
 
 @pytest.fixture

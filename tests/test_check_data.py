@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_prepare_data import write_video
-from test_video_readers import write as write_packets
+from tiny import write_packets, write_video
 
 from datasets.annotations import read_annotations
 from tools.check_data import PRINTED, main

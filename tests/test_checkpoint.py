@@ -1,19 +1,19 @@
 import numpy as np
 import pytest
 import torch
-from test_backbones import published_form, tiny_config, tiny_tower
+from tiny import published_form, tiny_config, tiny_tower
 
+from engine.metrics import topk_accuracy
 from modules import build_model
-from utils.atomic import write_atomically
-from utils.checkpoint import (
+from modules.checkpoint import (
     load_model_state,
     model_state,
     read_checkpoint,
     save_checkpoint,
 )
+from modules.hashing import hash_tensors
+from utils.atomic import write_atomically
 from utils.errors import CheckpointError
-from utils.hashing import hash_tensors
-from utils.metrics import topk_accuracy
 
 
 def make_model(seed=0, **kwargs):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from test_programs import score, train
+from tiny import score_run, train_run
 
-from datasets.motion_demo import CLASSES
-from utils.class_names import class_order
+from engine.class_names import class_order
+from engine.metrics import topk_accuracy
+from tools.motion_demo import CLASSES
 from utils.errors import CheckpointError, UserError
-from utils.metrics import topk_accuracy
 
 NAMES = ["fold", "lift", "push", "turn"]
 
@@ -69,36 +69,36 @@ def reordered(config, tmp_path):
 
 
 def test_testing_in_another_order_is_refused_or_gives_the_same_accuracy(config, reordered, tmp_path, capsys):
-    train(config, tmp_path / "run", "solver.epochs=1")
+    train_run(config, tmp_path / "run", "solver.epochs=1")
     last = tmp_path / "run" / "last_model.pt"
-    plain = score(config, last, tmp_path / "a.npz")
+    plain = score_run(config, last, tmp_path / "a.npz")
     with pytest.raises(UserError, match=r"last_model.pt: \d+ of \d+ class names differ .*only the order differs"):
-        score(reordered, last, tmp_path / "b.npz")
+        score_run(reordered, last, tmp_path / "b.npz")
     assert not (tmp_path / "b.npz").exists()
-    remapped = score(reordered, last, tmp_path / "b.npz", "test.remap_labels=True")
+    remapped = score_run(reordered, last, tmp_path / "b.npz", "test.remap_labels=True")
     assert np.array_equal(remapped["scores"], plain["scores"][:, ::-1])
     assert plain["class_names"].tolist() == list(CLASSES)
     assert remapped["class_names"].tolist() == list(reversed(CLASSES))
     for k in (1, 5):
         accuracies = [topk_accuracy(saved["scores"], saved["labels"], k) for saved in (plain, remapped)]
         assert accuracies[0] == accuracies[1]
-    unnamed = score(config, last, tmp_path / "c.npz", "data.label_list=None")
+    unnamed = score_run(config, last, tmp_path / "c.npz", "data.label_list=None")
     assert "class names: could not be compared, no data.label_list" in capsys.readouterr().out
     assert unnamed["class_names"].tolist() == list(CLASSES)  # those of the checkpoint
 
 
 def test_only_a_new_training_goes_on_to_other_class_names_with_a_new_head(config, reordered, tmp_path):
-    trained = train(config, tmp_path / "run", "solver.epochs=1")
+    trained = train_run(config, tmp_path / "run", "solver.epochs=1")
     last = tmp_path / "run" / "last_model.pt"
     for changes in ([f"resume={last}"], [f"pretrain={last}", "solver.evaluate=True"]):
         with pytest.raises(UserError, match="class names differ .*only the order differs"):
-            train(reordered, tmp_path / changes[0][:6], *changes)
+            train_run(reordered, tmp_path / changes[0][:6], *changes)
     still = [
         "solver.lr=1e-30",
         "solver.weight_decay=0",
     ]  # nothing moves, so what the run started from is in its checkpoint
-    kept = train(config, tmp_path / "kept", f"pretrain={last}", *still)["trained"]
-    anew = train(reordered, tmp_path / "anew", f"pretrain={last}", *still)["trained"]
+    kept = train_run(config, tmp_path / "kept", f"pretrain={last}", *still)["trained"]
+    anew = train_run(reordered, tmp_path / "anew", f"pretrain={last}", *still)["trained"]
     assert kept["head.weight"].equal(trained["trained"]["head.weight"])
     assert not anew["head.weight"].equal(trained["trained"]["head.weight"])
     assert anew["side.pos"].equal(trained["trained"]["side.pos"])

@@ -7,12 +7,12 @@ import torch
 import yaml
 
 from datasets.loaders import build_train_loader
+from engine.configuration import read_config
+from engine.loops import train_one_epoch
+from engine.optim import build_optimizer
 from modules import build_model
-from utils.config import load_config
+from modules.hashing import hash_tensors
 from utils.config_schema import LEGACY
-from utils.engine import train_one_epoch
-from utils.hashing import hash_tensors
-from utils.optim import build_optimizer
 from utils.precision import resolve_precision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def load(tmp_path, make_frame_folders, motion_root):
             for what, place in (("root", root), ("list", listed))
         ]
         random_tower = ["network.init=False", "network.weights=None"]
-        return load_config(REPOSITORY / path, [*places, *random_tower, *overrides])
+        return read_config(REPOSITORY / path, [*places, *random_tower, *overrides])
 
     return load_on_tiny_data
 
@@ -171,5 +171,5 @@ def test_a_configuration_with_every_legacy_key_and_no_base_loads(tmp_path, make_
     plain["network"] |= {"n_emb": 320, "sync_bn": False}
     path = tmp_path / "legacy.yaml"
     path.write_text(yaml.safe_dump(plain))
-    config = load_config(path)
+    config = read_config(path)
     assert (config.solver.lr, config.data.label_list, config.network.side_dim) == (1e-3, None, 320)

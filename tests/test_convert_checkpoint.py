@@ -13,13 +13,12 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_backbones import published_form
-from test_programs import REPOSITORY, score, train
+from tiny import REPOSITORY, published_form, score_run, train_run
 
-from datasets.motion_demo import CLASSES
-from modules import build_model
-from tools.convert_checkpoint import convert, main, trace, verify
-from utils.checkpoint import (
+from engine.configuration import read_config
+from modules import build_model, released
+from modules.checkpoint import (
+    checkpoint_state,
     flat_tensors,
     is_official,
     load_weights,
@@ -29,7 +28,8 @@ from utils.checkpoint import (
     save_official,
     save_safetensors,
 )
-from utils.config import load_config
+from tools.convert_checkpoint import convert, main, trace, verify
+from tools.motion_demo import CLASSES
 from utils.errors import CheckpointError, UserError
 
 FORMS = {"official": "released.pt", "ours": "ours.pt", "safetensors": "m.safetensors"}
@@ -58,16 +58,8 @@ def make_model(config, seed=0):
 def save(form, path, model, config):
     if form == "official":
         return save_official(path, model, epoch=7)
-    state = {
-        **model_state(model),
-        "trained": model.trained.state_dict(),
-        "optimizer": {},
-        "scaler": {},
-        "epoch": 7,
-        "best_accuracy": 100 / 3,
-        "config": config.toDict(),
-        "class_names": list(CLASSES),
-    }
+    parts = model_state(model), model.trained.state_dict(), config.toDict(), list(CLASSES)
+    state = checkpoint_state(*parts, epoch=7, best_accuracy=100 / 3, optimizer={}, scaler={})
     (save_safetensors if form == "safetensors" else save_checkpoint)(path, state)
 
 
@@ -78,7 +70,7 @@ def same_tensors(a, b):
 
 @pytest.mark.parametrize("source, target", DIRECTIONS)
 def test_there_and_back_is_equal_to_the_bit(clip_config, tmp_path, source, target):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     paths = {form: tmp_path / name for form, name in FORMS.items()}
     save(source, paths[source], make_model(config), config)
     back = tmp_path / f"back_{FORMS[source]}"
@@ -101,9 +93,9 @@ def test_there_and_back_is_equal_to_the_bit(clip_config, tmp_path, source, targe
 
 
 def test_a_named_tower_stays_outside_but_for_the_released_form(clip_config, tmp_path):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     torch.save(published_form(make_model(config).backbone), tmp_path / "clip.pt")
-    named = load_config(clip_config, ["network.init=True", f"network.weights={tmp_path / 'clip.pt'}"], purpose="model")
+    named = read_config(clip_config, ["network.init=True", f"network.weights={tmp_path / 'clip.pt'}"], purpose="model")
     model = make_model(named, seed=1)
     save("ours", tmp_path / "ours.pt", model, named)
     convert(named, tmp_path / "ours.pt", tmp_path / "m.safetensors")
@@ -124,7 +116,7 @@ def test_a_named_tower_stays_outside_but_for_the_released_form(clip_config, tmp_
 
 
 def test_the_table_says_what_has_no_place_and_what_is_new(clip_config, tmp_path):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     model = make_model(config)
     save("official", tmp_path / "a.pt", model, config)
     save("ours", tmp_path / "b.pt", model, config)
@@ -137,12 +129,11 @@ def test_the_table_says_what_has_no_place_and_what_is_new(clip_config, tmp_path)
 
 
 def test_parts_of_one_tensor_are_listed_together(clip_config, tmp_path, monkeypatch):
-    from utils import official
 
     start = "visual.transformer.side_transformer.*.attn."
     parted = {"trained.side.blocks.*.attn.qkv.": tuple(f"{start}{part}_proj." for part in "qkv")}
-    monkeypatch.setitem(official.OFFICIAL_NAMES, "pre", official.OFFICIAL_NAMES["pre"] | parted)
-    config = load_config(clip_config, purpose="model")
+    monkeypatch.setitem(released.OFFICIAL_NAMES, "pre", released.OFFICIAL_NAMES["pre"] | parted)
+    config = read_config(clip_config, purpose="model")
     save("ours", tmp_path / "ours.pt", make_model(config), config)
     rows = convert(config, tmp_path / "ours.pt", tmp_path / "released.pt", "official")
     names = [f"{start.replace('*', '0')}{part}_proj.bias" for part in "qkv"]
@@ -154,7 +145,7 @@ def test_parts_of_one_tensor_are_listed_together(clip_config, tmp_path, monkeypa
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bit", [0, 30])
 def test_one_changed_bit_is_found(clip_config, tmp_path, form, bit):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     model = make_model(config)
     save("ours", tmp_path / "source.pt", model, config)
     model.trained.head.weight.data.view(torch.int32)[0, 0] ^= 1 << bit
@@ -183,7 +174,7 @@ def test_one_changed_bit_is_found(clip_config, tmp_path, form, bit):
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_one_line(clip_config, tmp_path, source, target, form, complaint):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     model = make_model(config)
     for kind, name in FORMS.items():
         save(kind, tmp_path / name, model, config)
@@ -199,7 +190,7 @@ def test_what_cannot_be_converted_is_refused_in_one_line(clip_config, tmp_path, 
 
 
 def test_eva_comes_back_with_its_tables_rebuilt(clip_config, tmp_path):
-    config = load_config(clip_config, ["network.arch=EVA02-CLIP-L-14"], purpose="model")
+    config = read_config(clip_config, ["network.arch=EVA02-CLIP-L-14"], purpose="model")
     released, ours, back = (tmp_path / name for name in ("released.pt", "ours.pt", "back.pt"))
     save("official", released, make_model(config), config)
     rows = convert(config, released, ours, "ours")
@@ -211,7 +202,7 @@ def test_eva_comes_back_with_its_tables_rebuilt(clip_config, tmp_path):
 
 @pytest.mark.parametrize("source, target", DIRECTIONS)
 def test_a_tower_of_another_type_keeps_it(clip_config, tmp_path, source, target):
-    config = load_config(clip_config, ["network.backbone_dtype=bfloat16"], purpose="model")
+    config = read_config(clip_config, ["network.backbone_dtype=bfloat16"], purpose="model")
     torch.manual_seed(0)
     save(source, tmp_path / FORMS[source], build_model(config), config)
     convert(config, tmp_path / FORMS[source], tmp_path / FORMS[target], target)
@@ -223,7 +214,7 @@ def test_a_tower_of_another_type_keeps_it(clip_config, tmp_path, source, target)
 
 def test_a_tower_without_released_names_goes_to_safetensors_only(config, tmp_path):
     kwargs = ["network.arch=timm/deit3_small_patch16_224", "network.backbone_kwargs.init_values=0.1"]
-    loaded = load_config(config, kwargs, purpose="model")
+    loaded = read_config(config, kwargs, purpose="model")
     save("ours", tmp_path / "ours.pt", make_model(loaded), loaded)
     with pytest.raises(CheckpointError, match="ls1.gamma: .*no name for"):
         convert(loaded, tmp_path / "ours.pt", tmp_path / "new.pt", "official")
@@ -233,7 +224,7 @@ def test_a_tower_without_released_names_goes_to_safetensors_only(config, tmp_pat
 
 
 def test_the_configuration_must_be_that_of_the_file(clip_config, tmp_path):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     save("ours", tmp_path / "ours.pt", make_model(config), config)
     for override, complaint in [
         ("data.num_classes=7", f"its head has {len(CLASSES)} classes, data.num_classes is 7"),
@@ -241,12 +232,12 @@ def test_the_configuration_must_be_that_of_the_file(clip_config, tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=f"ours.pt.*{complaint}"):
             convert(
-                load_config(clip_config, [override], purpose="model"), tmp_path / "ours.pt", tmp_path / "a.safetensors"
+                read_config(clip_config, [override], purpose="model"), tmp_path / "ours.pt", tmp_path / "a.safetensors"
             )
 
 
 def test_the_program_prints_the_table_and_the_difference(clip_config, tmp_path, capsys):
-    config = load_config(clip_config, purpose="model")
+    config = read_config(clip_config, purpose="model")
     save("ours", tmp_path / "ours.pt", make_model(config), config)
     main([clip_config, str(tmp_path / "ours.pt"), str(tmp_path / "r.pt"), "--format", "official", "--verify"])
     *table, counts, weights_only, difference = capsys.readouterr().out.splitlines()
@@ -266,15 +257,15 @@ def test_the_program_runs_from_the_repository_root(clip_config, tmp_path):
 
 
 def test_train_and_test_read_safetensors(config, tmp_path):
-    first = train(config, tmp_path / "run", "solver.epochs=1")
+    first = train_run(config, tmp_path / "run", "solver.epochs=1")
     ours, converted = tmp_path / "run" / "last_model.pt", tmp_path / "m.safetensors"
     main([config, str(ours), str(converted), "--verify"])
-    scores = [score(config, path, tmp_path / "s.npz")["scores"] for path in (ours, converted)]
+    scores = [score_run(config, path, tmp_path / "s.npz")["scores"] for path in (ours, converted)]
     assert np.array_equal(*scores)
     short = ["solver.epochs=1", "logging.skip_epoch=[0]"]
-    tuned = [train(config, tmp_path / path.stem, f"pretrain={path}", *short) for path in (ours, converted)]
+    tuned = [train_run(config, tmp_path / path.stem, f"pretrain={path}", *short) for path in (ours, converted)]
     assert same_tensors(*tuned) and not same_tensors(first, tuned[0])
     with pytest.raises(UserError, match="m.safetensors: a converted checkpoint can only be started from, by pretrain"):
-        train(config, tmp_path / "resumed", f"resume={converted}")
+        train_run(config, tmp_path / "resumed", f"resume={converted}")
     with safe_open(converted, framework="pt") as file:
         assert json.loads(file.metadata()["side4video"])["epoch"] == 1

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import motion_demo
+from tools import motion_demo
 from utils.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "custom_data.md").read_text(encoding="utf-8")
-PROGRAMS = ("train.py", "test.py", "datasets", "modules", "scripts", "tools", "utils")
+PROGRAMS = ("train.py", "test.py", "datasets", "engine", "modules", "scripts", "tools", "utils")
 CLASSES = ["growing", "moving left", "moving right", "shrinking"]
 VIDEOS = 4  # of each class
 

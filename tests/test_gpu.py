@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recompute import TOWER, make_model, make_side, shared_batches
+from tiny import SHARED_TOWER, make_shared_model, make_side, shared_batches
 from torch import multiprocessing
 
 import train as train_program
 from benchmarks.allocations import measure_memory
+from engine.configuration import read_config
 from modules.backbones import FrozenTower
 from modules.side4video import Side4Video, SideClassifier
-from utils.config import load_config
 from utils.distributed import close_distributed, init_distributed
 
 GPUS = torch.cuda.device_count()
@@ -26,7 +26,7 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, torch.cuda finds
 
 def small_model(tower_dtype=torch.float32):
     torch.manual_seed(0)
-    tower = FrozenTower("vit_tiny_patch16_224", 96, {**TOWER, "embed_dim": 192, "num_heads": 3})
+    tower = FrozenTower("vit_tiny_patch16_224", 96, {**SHARED_TOWER, "embed_dim": 192, "num_heads": 3})
     tower.convert(tower_dtype)
     sizes = dict(backbone_width=192, side_width=128, num_layers=3, patch_size=8, num_patches=144)
     return Side4Video(tower, SideClassifier(make_side("pre", torch.float32, **sizes), 5)).train()
@@ -98,7 +98,7 @@ def test_recomputing_keeps_less_than_a_third(compiled):
 def test_training_runs_and_resumes_on_the_gpu(config, tmp_path, overrides):
     """fp16 goes through the gradient scaler; a resumed run takes up its state."""
     for epochs, output, resumed in ((1, "first", []), (2, "second", [f"resume={tmp_path}/first/last_model.pt"])):
-        run = load_config(config, [f"solver.epochs={epochs}", *overrides, *resumed])
+        run = read_config(config, [f"solver.epochs={epochs}", *overrides, *resumed])
         train_program.train(run, str(tmp_path / output))
     state = torch.load(tmp_path / "second" / "last_model.pt", map_location="cpu", weights_only=True)
     assert state["epoch"] == 2 and all(t.isfinite().all() for t in state["trained"].values())
@@ -110,7 +110,7 @@ def train_on_gpus(rank, port, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     device = init_distributed()
-    model = make_model("pre")
+    model = make_shared_model("pre")
     model.place(device)
     model.parallelize(sync_bn=True)
     for clips in shared_batches():
@@ -123,7 +123,7 @@ def train_on_gpus(rank, port, folder):
 @needs_two
 def test_synced_statistics_over_nccl(tmp_path):
     multiprocessing.spawn(train_on_gpus, (str(29500 + os.getpid() % 1000), str(tmp_path)), nprocs=2)
-    model = make_model("pre")
+    model = make_shared_model("pre")
     for clips in shared_batches():
         torch.nn.functional.cross_entropy(model(clips), torch.arange(4)).backward()
     largest = max(p.grad.abs().max() for p in model.trained.parameters())
@@ -137,7 +137,7 @@ def shard_on_gpus(rank, port, config, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for shard in (False, True):
-        train_program.train(load_config(config, [f"network.shard_backbone={shard}"]), f"{folder}/{shard}")
+        train_program.train(read_config(config, [f"network.shard_backbone={shard}"]), f"{folder}/{shard}")
     close_distributed()
 
 

@@ -2,68 +2,17 @@ import os
 
 import pytest
 import torch
-from dotmap import DotMap
+from tiny import assert_equal_batches, epoch_batches, loader_config
 
 from datasets.loaders import build_eval_loader, build_train_loader
+from datasets.transforms import protocol_resize
 from utils.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
-def make_config(paths, accumulation=1, view_batch=None, **data):
-    root, list_path = paths
-    defaults = {
-        "dataset": "tiny",
-        "protocol": None,
-        "num_segments": 2,
-        "batch_size": 2,
-        "workers": 0,
-        "prefetch": 2,
-        "num_classes": 4,
-        "modality": "RGB",
-        "decoder": "decord",
-        "image_tmpl": "img_{:05d}.jpg",
-        "index_base": 1,
-        "count_frames": False,
-        "on_error": "stop",
-        "train_root": root,
-        "train_list": list_path,
-        "val_root": root,
-        "val_list": list_path,
-        "label_list": None,
-        "input_size": 16,
-        "resize": None,
-        "flip": True,
-        "random_shift": True,
-        "num_sample": 1,
-        "rand_aug": False,
-        "dense": False,
-        "shot": None,
-    }
-    return DotMap(
-        {
-            "seed": 11,
-            "data": defaults | data,
-            "solver": {"grad_accumulation_steps": accumulation},
-            "test": {"view_batch": view_batch},
-        },
-        _dynamic=False,
-    )
-
-
-def epoch_batches(loader, epoch):
-    loader.sampler.set_epoch(epoch)
-    return list(loader)
-
-
 def indices(batches):
     return [index for batch in batches for index in batch["indices"].tolist()]
-
-
-def assert_equal_batches(batches, others):
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys() == {"clips", "labels", "indices"}
-        assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
 # Training
@@ -71,15 +20,15 @@ def assert_equal_batches(batches, others):
 
 def test_workers_change_no_batch(make_frame_folders):
     paths = make_frame_folders([9] * 8, size=(20, 16))
-    plain = build_train_loader(make_config(paths, num_sample=2))
-    workers = build_train_loader(make_config(paths, num_sample=2, workers=3))
+    plain = build_train_loader(loader_config(paths, num_sample=2))
+    workers = build_train_loader(loader_config(paths, num_sample=2, workers=3))
     for epoch in (0, 1):
         assert_equal_batches(epoch_batches(plain, epoch), epoch_batches(workers, epoch))
 
 
 def test_an_epoch_is_repeated_exactly_and_differs_from_the_next(make_frame_folders):
     paths = make_frame_folders([9] * 8)
-    loader = build_train_loader(make_config(paths))
+    loader = build_train_loader(loader_config(paths))
     first, second, again = (epoch_batches(loader, epoch) for epoch in (0, 1, 0))
     assert_equal_batches(first, again)
     assert indices(first) != indices(second)
@@ -89,7 +38,7 @@ def test_an_epoch_is_repeated_exactly_and_differs_from_the_next(make_frame_folde
 
 
 def test_loading_leaves_the_global_generator_alone(make_frame_folders):
-    loader = build_train_loader(make_config(make_frame_folders([9] * 4)))
+    loader = build_train_loader(loader_config(make_frame_folders([9] * 4)))
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
@@ -98,15 +47,15 @@ def test_loading_leaves_the_global_generator_alone(make_frame_folders):
 def test_processes_together_use_every_video_once(make_frame_folders):
     paths = make_frame_folders([5] * 8)
     for epoch in (0, 1):
-        ranks = [epoch_batches(build_train_loader(make_config(paths), rank, 2), epoch) for rank in (0, 1)]
+        ranks = [epoch_batches(build_train_loader(loader_config(paths), rank, 2), epoch) for rank in (0, 1)]
         assert [len(batches) for batches in ranks] == [2, 2]
         assert sorted(indices(ranks[0]) + indices(ranks[1])) == list(range(8))
 
 
 def test_a_sample_does_not_depend_on_the_process_that_loads_it(make_frame_folders):
     paths = make_frame_folders([9] * 4)
-    alone = {b["indices"].item(): b["clips"] for b in build_train_loader(make_config(paths, batch_size=1))}
-    shared = build_train_loader(make_config(paths, batch_size=1), 1, 2)
+    alone = {b["indices"].item(): b["clips"] for b in build_train_loader(loader_config(paths, batch_size=1))}
+    shared = build_train_loader(loader_config(paths, batch_size=1), 1, 2)
     assert all(torch.equal(batch["clips"], alone[batch["indices"].item()]) for batch in shared)
 
 
@@ -115,7 +64,7 @@ def test_a_sample_does_not_depend_on_the_process_that_loads_it(make_frame_folder
     [(8, 2, 1, 1, 4), (7, 2, 1, 1, 3), (7, 2, 1, 2, 2), (9, 2, 2, 1, 2), (9, 1, 2, 3, 3), (4, 4, 1, 1, 1)],
 )
 def test_iterations_are_whole_steps(make_frame_folders, videos, batch_size, world_size, accumulation, iterations):
-    config = make_config(make_frame_folders([2] * videos), accumulation, batch_size=batch_size)
+    config = loader_config(make_frame_folders([2] * videos), accumulation, batch_size=batch_size)
     ranks = [build_train_loader(config, rank, world_size) for rank in range(world_size)]
     assert [len(loader) for loader in ranks] == [iterations] * world_size
     seen = [index for loader in ranks for index in indices(loader)]
@@ -125,7 +74,7 @@ def test_iterations_are_whole_steps(make_frame_folders, videos, batch_size, worl
 def test_too_few_videos_for_a_step_is_an_error_with_the_numbers(make_frame_folders):
     root, list_path = paths = make_frame_folders([2] * 7)
     with pytest.raises(DataError) as caught:
-        build_train_loader(make_config(paths, accumulation=2), 0, 2)
+        build_train_loader(loader_config(paths, accumulation=2), 0, 2)
     assert caught.value.line == (
         f"{list_path}: 7 videos do not fill one step of data.batch_size 2 x 2 processes x "
         "solver.grad_accumulation_steps 2; lower data.batch_size"
@@ -134,8 +83,8 @@ def test_too_few_videos_for_a_step_is_an_error_with_the_numbers(make_frame_folde
 
 def test_repeats_stand_side_by_side_in_the_batch(make_frame_folders):
     paths = make_frame_folders([1, 1])  # one frame: clips differ by augmentation only
-    (batch,) = build_train_loader(make_config(paths, num_sample=2))
-    (single,) = build_train_loader(make_config(paths))
+    (batch,) = build_train_loader(loader_config(paths, num_sample=2))
+    (single,) = build_train_loader(loader_config(paths))
     assert batch["clips"].shape == (4, 2, 3, 16, 16)
     assert batch["clips"].dtype == torch.uint8
     assert batch["indices"].tolist() == single["indices"].tolist()
@@ -148,11 +97,11 @@ def test_flip_labels_come_from_the_class_names(make_frame_folders, tmp_path):
     paths = make_frame_folders([1] * 4)
     names = tmp_path / "names.csv"
     names.write_text("id,name\n0,go left\n1,go right\n2,up\n3,down\n")
-    loader = build_train_loader(make_config(paths, label_list=str(names)))
+    loader = build_train_loader(loader_config(paths, label_list=str(names)))
     assert loader.dataset.class_names == ["go left", "go right", "up", "down"]
     assert loader.dataset.transform.flip_labels == {0: 1, 1: 0}
     with pytest.raises(ConfigError, match="data.label_list"):
-        build_train_loader(make_config(paths, dataset="something"))
+        build_train_loader(loader_config(paths, dataset="something"))
 
 
 # Custom data sets
@@ -166,19 +115,21 @@ def test_the_protocol_is_the_names_unless_it_is_given(make_frame_folders, build)
         ("tiny", "something", "something"),
         ("something", "kinetics", "kinetics"),
     ):
-        dataset = build(make_config(paths, dataset=dataset, protocol=given, flip=False)).dataset
-        assert dataset.protocol == dataset.transform.protocol == protocol
+        config = loader_config(paths, dataset=dataset, protocol=given, flip=False)
+        dataset = build(config).dataset
+        assert config.data.protocol == dataset.protocol == protocol
+        assert dataset.transform.resize == protocol_resize(protocol, 16)
 
 
 @pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
-@pytest.mark.parametrize("resize", [None, 24, [20, 28]])
-def test_the_resize_of_the_configuration_reaches_training_and_evaluation(make_frame_folders, build, resize):
-    assert build(make_config(make_frame_folders([1] * 4), resize=resize)).dataset.transform.resize == resize
+@pytest.mark.parametrize(("resize", "resolved"), [(None, 16), (24, 24), ([20, 28], [20, 28])])
+def test_the_resize_of_the_configuration_reaches_training_and_evaluation(make_frame_folders, build, resize, resolved):
+    assert build(loader_config(make_frame_folders([1] * 4), resize=resize)).dataset.transform.resize == resolved
 
 
 def test_without_flips_neither_pixels_nor_labels_are_mirrored_and_no_class_names_are_needed(make_frame_folders):
     paths = make_frame_folders([3] * 4)
-    loader = build_train_loader(make_config(paths, dataset="something", flip=False))
+    loader = build_train_loader(loader_config(paths, dataset="something", flip=False))
     assert loader.dataset.transform.flip_labels is None
     for batch in epoch_batches(loader, 0):
         assert batch["labels"].tolist() == batch["indices"].tolist()  # four classes in turn
@@ -188,11 +139,11 @@ def test_without_flips_neither_pixels_nor_labels_are_mirrored_and_no_class_names
 @pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
 def test_frames_numbered_from_0_are_those_of_the_same_files_numbered_from_1(make_frame_folders, build, count_frames):
     root, _ = paths = make_frame_folders([5] * 4)
-    expected = list(build(make_config(paths, num_segments=5)))
+    expected = list(build(loader_config(paths, num_segments=5)))
     for folder in os.listdir(root):
         for number in range(1, 6):
             os.rename(*(os.path.join(root, folder, f"img_{n:05d}.jpg") for n in (number, number - 1)))
-    config = make_config(paths, num_segments=5, index_base=0, count_frames=count_frames)
+    config = loader_config(paths, num_segments=5, index_base=0, count_frames=count_frames)
     assert_equal_batches(expected, list(build(config)))
     config.data.index_base = 1
     line = error_of(build(config))
@@ -208,7 +159,7 @@ def test_a_broken_frame_stops_the_run_with_its_path(make_frame_folders, workers,
         os.remove(path)
     else:
         os.truncate(path, os.path.getsize(path) // 2)
-    config = make_config(paths, workers=workers)
+    config = loader_config(paths, workers=workers)
     for build in (build_train_loader, build_eval_loader):
         line = error_of(build(config))
         assert "\n" not in line
@@ -235,12 +186,12 @@ def break_videos(root, *numbers):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_the_next_video_of_the_epochs_order_stands_in_for_a_broken_one(make_frame_folders, workers):
     root, _ = paths = make_frame_folders([5] * 6)
-    whole = build_train_loader(make_config(paths, batch_size=1))
+    whole = build_train_loader(loader_config(paths, batch_size=1))
     batches = {epoch: epoch_batches(whole, epoch) for epoch in (0, 1)}
     order = indices(batches[0])
     broken = {order[1], order[2], order[5]}  # two in a row, and the last, which the first stands in for
     break_videos(root, *broken)
-    loader = build_train_loader(make_config(paths, batch_size=1, workers=workers, on_error="skip"))
+    loader = build_train_loader(loader_config(paths, batch_size=1, workers=workers, on_error="skip"))
     kept = epoch_batches(loader, 0)
     assert indices(kept) == [order[i] for i in (0, 3, 3, 3, 4, 0)]
     assert_equal_batches(kept, [batches[0][i] for i in (0, 3, 3, 3, 4, 0)])
@@ -254,7 +205,7 @@ def test_the_next_video_of_the_epochs_order_stands_in_for_a_broken_one(make_fram
 def test_a_broken_video_is_replaced_alike_on_any_number_of_processes(make_frame_folders):
     root, _ = paths = make_frame_folders([5] * 6)
     break_videos(root, 1, 4)
-    config = make_config(paths, batch_size=1, on_error="skip")
+    config = loader_config(paths, batch_size=1, on_error="skip")
     alone = indices(epoch_batches(build_train_loader(config), 2))
     ranks = [indices(epoch_batches(build_train_loader(config, rank, 2), 2)) for rank in (0, 1)]
     assert ranks == [alone[0::2], alone[1::2]]
@@ -264,7 +215,7 @@ def test_a_broken_video_is_replaced_alike_on_any_number_of_processes(make_frame_
 def test_when_every_video_is_broken_training_stops(make_frame_folders, workers):
     root, _ = paths = make_frame_folders([1] * 4)
     break_videos(root, *range(4))
-    line = error_of(build_train_loader(make_config(paths, workers=workers, on_error="skip")))
+    line = error_of(build_train_loader(loader_config(paths, workers=workers, on_error="skip")))
     assert line.startswith(f"none of the 4 training videos can be read; the first: {root}") and "\n" not in line
 
 
@@ -272,7 +223,7 @@ def test_when_every_video_is_broken_training_stops(make_frame_folders, workers):
 def test_evaluation_leaves_a_broken_video_out_and_never_replaces_it(make_frame_folders, workers):
     root, _ = paths = make_frame_folders([5] * 5)
     break_videos(root, 1, 2, 3)
-    loader = build_eval_loader(make_config(paths, workers=workers, on_error="skip"), clips=2)
+    loader = build_eval_loader(loader_config(paths, workers=workers, on_error="skip"), clips=2)
     for _ in range(2):
         batches = list(loader)
         assert indices(batches) == [0, 4]
@@ -287,7 +238,7 @@ def test_evaluation_leaves_a_broken_video_out_and_never_replaces_it(make_frame_f
 
 def test_few_shots_are_the_same_videos_on_every_process_and_others_with_another_seed(make_frame_folders):
     paths = make_frame_folders([1] * 24)  # six of each class
-    config = make_config(paths, shot=2)
+    config = loader_config(paths, shot=2)
     chosen = build_train_loader(config).dataset.records
     assert [record.label for record in chosen].count(3) == 2 and len(chosen) == 8
     assert chosen == sorted(chosen, key=lambda record: int(record.path.split()[1]))  # the list's order
@@ -300,11 +251,11 @@ def test_few_shots_are_the_same_videos_on_every_process_and_others_with_another_
 def test_too_few_videos_for_the_shots_are_an_error_that_names_the_class(make_frame_folders, tmp_path):
     paths = make_frame_folders([1] * 7)  # two of each class but the last
     with pytest.raises(DataError, match="data.shot: 2 videos of every class, but class 3 has 1"):
-        build_train_loader(make_config(paths, shot=2))
+        build_train_loader(loader_config(paths, shot=2))
     names = tmp_path / "names.csv"
     names.write_text("id,name\n0,a\n1,b\n2,c\n3,Drop\n")
     with pytest.raises(DataError, match="but Drop has 1"):
-        build_train_loader(make_config(paths, shot=2, label_list=str(names)))
+        build_train_loader(loader_config(paths, shot=2, label_list=str(names)))
 
 
 # Evaluation
@@ -312,13 +263,13 @@ def test_too_few_videos_for_the_shots_are_an_error_that_names_the_class(make_fra
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
 def test_evaluation_takes_every_video_once_on_any_number_of_processes(make_frame_folders, world_size):
-    config = make_config(make_frame_folders([2] * 7))
+    config = loader_config(make_frame_folders([2] * 7))
     ranks = [indices(build_eval_loader(config, rank, world_size)) for rank in range(world_size)]
     assert ranks == [list(range(rank, 7, world_size)) for rank in range(world_size)]
 
 
 def test_an_evaluation_batch_holds_whole_videos_view_by_view(make_frame_folders):
-    config = make_config(make_frame_folders([9] * 5), view_batch=13)
+    config = loader_config(make_frame_folders([9] * 5), view_batch=13)
     loader = build_eval_loader(config, clips=2, crops=3)
     batches = list(loader)
     assert [len(batch["indices"]) for batch in batches] == [2, 2, 1]
@@ -331,13 +282,13 @@ def test_an_evaluation_batch_holds_whole_videos_view_by_view(make_frame_folders)
 
 @pytest.mark.parametrize(("view_batch", "expected"), [(1, 1), (5, 1), (12, 2), (None, 1)])
 def test_videos_per_batch_follow_the_views_that_fit(make_frame_folders, view_batch, expected):
-    config = make_config(make_frame_folders([2] * 2), view_batch=view_batch)
+    config = loader_config(make_frame_folders([2] * 2), view_batch=view_batch)
     assert build_eval_loader(config, clips=2, crops=3).batch_size == expected
 
 
 def test_workers_change_no_evaluation_batch(make_frame_folders):
     paths = make_frame_folders([9] * 5)
-    plain, workers = (build_eval_loader(make_config(paths, workers=count), clips=2, crops=3) for count in (0, 3))
+    plain, workers = (build_eval_loader(loader_config(paths, workers=count), clips=2, crops=3) for count in (0, 3))
     for _ in range(2):
         assert_equal_batches(list(plain), list(workers))
 
@@ -345,5 +296,5 @@ def test_workers_change_no_evaluation_batch(make_frame_folders):
 def test_dense_evaluation_is_asked_for_or_follows_the_config(make_frame_folders):
     paths = make_frame_folders([200, 200])
     for configured, asked, dense in ((True, None, True), (True, False, False), (False, True, True)):
-        loader = build_eval_loader(make_config(paths, dense=configured), dense=asked)
+        loader = build_eval_loader(loader_config(paths, dense=configured), dense=asked)
         assert loader.dataset.dense is dense

@@ -7,21 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from dotmap import DotMap
-from test_backbones import TINY, tiny_config, tiny_tower
+from tiny import TOWER, tiny_config, tiny_tower
 from torch import multiprocessing
 
 import train as train_program
+from engine.configuration import default_config, read_config
 from modules import build_model
 from modules.backbones import FrozenTower, find_architecture
+from modules.checkpoint import load_model_state, model_state, read_checkpoint, save_checkpoint
+from modules.hashing import hash_tensors, tower_hashes
 from modules.pretrained import load_strictly
-from modules.side4video import Side4Video, backbone_dtype
+from modules.side4video import Side4Video
 from modules.side_network import LayerProjection
-from utils.checkpoint import load_model_state, model_state, read_checkpoint, save_checkpoint
-from utils.config import load_config
 from utils.distributed import close_distributed, init_distributed
 from utils.errors import CheckpointError
-from utils.hashing import hash_tensors, tower_hashes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HALF_TYPES = ["bfloat16", "float16"]
@@ -29,9 +28,7 @@ GIGABYTES = float(os.environ.get("SIDE4VIDEO_TEST_TOWER_GB", "2"))  # of the fil
 
 
 def make_config(dtype, **choices):
-    plain = tiny_config(**choices).toDict()
-    plain["network"]["backbone_dtype"] = dtype
-    return DotMap(plain, _dynamic=False)
+    return tiny_config(backbone_dtype=dtype, **choices)
 
 
 def save_tower(path, dtype=torch.float32):
@@ -88,8 +85,8 @@ def test_a_projection_without_autocast_takes_tokens_of_any_type(placement):
 )
 def test_auto_is_the_type_of_autocast_on_a_gpu(monkeypatch, name, cuda, precision, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    config = DotMap({"network": {"backbone_dtype": name}, "solver": {"precision": precision}}, _dynamic=False)
-    assert backbone_dtype(config) == expected
+    config = default_config(network={"backbone_dtype": name}, solver={"precision": precision})
+    assert getattr(torch, config.network.backbone_dtype) == expected
 
 
 # ---------------------------------------------------------------- proof
@@ -142,11 +139,11 @@ def test_a_checkpoint_that_holds_the_tower_loads_and_is_written_again_in_another
 # ---------------------------------------------------------------- loading
 
 WITH_BUFFERS = [
-    ("ViT-B/16", TINY),
-    ("EVA02-CLIP-L-14", {**TINY, "patch_size": 16}),
-    ("EVA02-CLIP-bigE-14", {**TINY, "patch_size": 16}),
-    ("timm/vit_small_patch16_dinov3", TINY),
-    ("timm/vit_pe_core_base_patch16_224", TINY),
+    ("ViT-B/16", TOWER),
+    ("EVA02-CLIP-L-14", {**TOWER, "patch_size": 16}),
+    ("EVA02-CLIP-bigE-14", {**TOWER, "patch_size": 16}),
+    ("timm/vit_small_patch16_dinov3", TOWER),
+    ("timm/vit_pe_core_base_patch16_224", TOWER),
 ]
 
 
@@ -172,7 +169,7 @@ def test_a_tower_built_without_weights_has_the_buffers_of_one_that_has_them(arch
 
 BIG = """
 import sys, threading
-from dotmap import DotMap
+from engine.configuration import default_config
 from modules import build_model
 
 def anonymous():
@@ -186,10 +183,9 @@ def watch():
         peak[0] = max(peak[0], anonymous())
 
 path, dtype, width, depth = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-network = {"arch": "timm/vit_base_patch16_224", "init": True, "weights": path, "side_dim": 64, "drop_fc": 0.0,
-           "backbone_dtype": dtype, "side_variant": None, "side_layers": None,
+network = {"arch": "timm/vit_base_patch16_224", "init": True, "weights": path, "backbone_dtype": dtype,
            "backbone_kwargs": {"embed_dim": width, "depth": depth, "num_heads": width // 64}}
-config = DotMap({"network": network, "data": {"input_size": 32, "num_classes": 5}}, _dynamic=False)
+config = default_config(network=network)
 watcher = threading.Thread(target=watch, daemon=True)  # ends with a program that fails
 watcher.start()
 model = build_model(config)
@@ -236,7 +232,7 @@ def train_twice(rank, config_path, folder, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     for shard in (False, True):
-        config = load_config(config_path, [f"network.shard_backbone={shard}", "network.backbone_dtype=bfloat16"])
+        config = read_config(config_path, [f"network.shard_backbone={shard}", "network.backbone_dtype=bfloat16"])
         train_program.train(config, f"{folder}/{shard}")
 
     device = init_distributed()

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import motion_demo
 from datasets.annotations import read_annotations, read_class_names
 from datasets.flips import flip_pairs
-from datasets.motion_demo import ANGLE, CLASSES, MOTIONS, X, draw, generate, render_video, trajectory
+from tools import motion_demo
+from tools.motion_demo import ANGLE, CLASSES, MOTIONS, X, draw, generate, render_video, trajectory
 from utils.errors import DataError
 
 FRAMES = 16

@@ -2,17 +2,15 @@ import math
 
 import pytest
 import torch
-from dotmap import DotMap
-from test_backbones import tiny_config
+from tiny import TOWER, tiny_config
 
+from engine.configuration import default_config
+from engine.optim import build_optimizer, lr_factor, set_learning_rate
 from modules import build_model
-from utils.optim import build_optimizer, lr_factor, set_learning_rate
 
 
 def solver(**changes):
-    return DotMap(
-        {"type": "cosine", "epochs": 12, "lr_warmup_step": 4, "lr_decay_step": None, **changes}, _dynamic=False
-    )
+    return default_config(solver={"epochs": 12, "lr_warmup_step": 4, **changes}).solver
 
 
 @pytest.mark.parametrize(
@@ -58,12 +56,11 @@ def test_warm_up_as_long_as_the_training_never_divides_by_zero():
 
 @pytest.mark.parametrize("accumulation, sync_bn, norm_lr", [(1, False, 1e-2), (4, False, 2.5e-3), (4, True, 1e-2)])
 def test_three_groups_hold_every_trained_tensor_once(accumulation, sync_bn, norm_lr):
-    config = tiny_config()
-    plain = config.toDict()
-    plain["solver"] = {"sync_bn": sync_bn, "lr": 1e-2, "clip_ratio": 0.5, "betas": [0.9, 0.99], "weight_decay": 0.15}
-    plain["solver"]["grad_accumulation_steps"] = accumulation
+    solver = {"sync_bn": sync_bn, "lr": 1e-2, "clip_ratio": 0.5, "betas": [0.9, 0.99], "weight_decay": 0.15}
+    solver |= {"grad_accumulation_steps": accumulation}
+    config = default_config(network={"arch": "ViT-B/16", "backbone_kwargs": TOWER}, solver=solver)
     model = build_model(config)
-    optimizer = build_optimizer(model, DotMap(plain, _dynamic=False))
+    optimizer = build_optimizer(model, config)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: group["lr"] for name, group in groups.items()} == {
         "head": 1e-2,
@@ -82,8 +79,5 @@ def test_three_groups_hold_every_trained_tensor_once(accumulation, sync_bn, norm
 def test_layer_norms_are_not_in_the_batch_norm_group():
     model = build_model(tiny_config())
     layer_norms = {id(p) for m in model.trained.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
-    plain = tiny_config().toDict() | {"solver": dict(lr=1, clip_ratio=1, betas=[0.9, 0.9], weight_decay=0)}
-    plain["solver"]["grad_accumulation_steps"] = 1
-    plain["solver"]["sync_bn"] = False
-    optimizer = build_optimizer(model, DotMap(plain, _dynamic=False))
+    optimizer = build_optimizer(model, tiny_config())
     assert not layer_norms & {id(p) for p in optimizer.param_groups[2]["params"]}

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import smooth_pictures, write_video
 
 from datasets.annotations import VideoRecord, read_annotations, read_class_names
 from datasets.readers import FrameFolderReader, VideoFileReader
@@ -20,35 +20,6 @@ from tools.prepare_data import main
 from utils.errors import DataError, UserError
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-def frames_of(seed: int, count: int, size: tuple[int, int]) -> list[np.ndarray]:
-    """Smooth pictures, each another, uint8 (H, W, 3) of (width, height)."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 3, 4, 3), dtype=np.uint8)
-    return [np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)) for picture in coarse]
-
-
-def write_video(path: Path, seed: int = 0, count: int = 5, size: tuple[int, int] = (48, 32), angle: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libvpx-vp9" if path.suffix == ".webm" else "libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for picture in frames_of(seed, count, size):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    if angle:
-        rotate(path, angle)
-
-
-def rotate(path: Path, angle: int) -> None:
-    """Write the matrix of a turn by 90 degrees into the track header of an mp4 file."""
-    content = bytearray(path.read_bytes())
-    place = content.index(b"tkhd") + 4 + 40  # version and flags, then times, number, length, layer, volume
-    turn = {90: (0, 1, -1, 0), 270: (0, -1, 1, 0)}[angle]
-    a, b, c, d = (value << 16 for value in turn)
-    for offset, value in zip((0, 4, 12, 16), (a, b, c, d), strict=True):
-        content[place + offset : place + offset + 4] = (value & 0xFFFFFFFF).to_bytes(4, "big")
-    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -87,7 +58,7 @@ def test_every_frame_is_written_in_order_under_the_path_of_its_video(videos, tmp
     for seed, (name, length) in enumerate(lengths.items()):
         record = VideoRecord(name, length, 0, "list:1")
         read = FrameFolderReader(str(tmp_path / "out"), "img_{:05d}.jpg").open(record).read(list(range(length)))
-        for frame, picture in zip(read, frames_of(seed, length, (48, 32)), strict=True):
+        for frame, picture in zip(read, smooth_pictures(seed, length, (48, 32)), strict=True):
             assert np.abs(np.asarray(frame).astype(int) - picture).mean() < 8  # twice compressed
 
 
@@ -106,7 +77,7 @@ def test_frames_have_the_pixels_that_the_reader_gives(videos, tmp_path):
 def test_only_a_longer_shorter_side_is_resized(tmp_path, size, short_side, expected):
     write_video(tmp_path / "videos" / "v.mp4", size=size)
     extract(tmp_path / "videos", tmp_path / "out", "--short_side", short_side)
-    for number, picture in enumerate(frames_of(0, 5, size), 1):
+    for number, picture in enumerate(smooth_pictures(0, 5, size), 1):
         with Image.open(tmp_path / "out" / "v" / f"img_{number:05d}.jpg") as image:
             assert image.size == expected
             wanted = np.asarray(Image.fromarray(picture).resize(expected, Image.Resampling.BICUBIC)).astype(int)
@@ -118,7 +89,7 @@ def test_frames_are_upright(tmp_path, angle, turns):
     write_video(tmp_path / "videos" / "v.mp4", angle=angle)
     extract(tmp_path / "videos", tmp_path / "out", "--short_side", 16)
     with Image.open(tmp_path / "out" / "v" / "img_00001.jpg") as image:
-        wanted = Image.fromarray(np.rot90(frames_of(0, 1, (48, 32))[0], turns)).resize((16, 24))
+        wanted = Image.fromarray(np.rot90(smooth_pictures(0, 1, (48, 32))[0], turns)).resize((16, 24))
         assert image.size == (16, 24)
         assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).mean() < 10
 

@@ -6,13 +6,13 @@ from collections import OrderedDict
 import pytest
 import safetensors.torch
 import torch
-from test_backbones import published_form, tiny_tower
+from tiny import published_form, tiny_tower
 from torch import nn
 
 from modules.backbones import find_architecture
+from modules.hashing import hash_tensors
 from modules.pretrained import load_tower_weights, read_state_dict
 from utils.errors import CheckpointError
-from utils.hashing import hash_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
@@ -59,7 +59,7 @@ class Visual(nn.Module):
 
 
 class SmallClip(nn.Module):
-    """What tests/test_backbones.py `tiny_tower` needs, under OpenAI's names, beside a text tower."""
+    """What `tiny_tower` needs, under OpenAI's names, beside a text tower."""
 
     def __init__(self):
         super().__init__()

@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 import pytest
-from conftest import random_frame
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from tiny import random_frame
 
 from benchmarks import plain_pipeline
 from datasets import rand_augment as module

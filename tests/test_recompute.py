@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_side_network import TINY, make_inputs, make_side, relative
 from textbook import textbook_of
+from tiny import SHARED_TOWER, SIDE, make_inputs, make_shared_model, make_side, relative, shared_batches
 from torch import multiprocessing
 
 from benchmarks.allocations import measure_memory
@@ -21,7 +21,6 @@ from utils.distributed import Traffic, close_distributed, init_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-TOWER = dict(patch_size=8, embed_dim=32, depth=3, num_heads=2)
 
 
 def accumulate(side, batches, dtype):
@@ -42,11 +41,11 @@ def test_recomputing_changes_no_result(placement, dtype, token_dtype):
     """Outputs and running statistics to the bit, gradients but for the order of sums, over two accumulated batches."""
     results = []
     for recompute in (True, False):
-        side = make_side(placement, torch.float32, **TINY).train()
+        side = make_side(placement, torch.float32, **SIDE).train()
         side.recompute = recompute
         batches = []
         for frames in (4, 3):
-            clips, tokens = make_inputs(torch.float32, TINY, (8, 12), frames=frames)
+            clips, tokens = make_inputs(torch.float32, SIDE, (8, 12), frames=frames)
             batches.append((clips, [t.to(token_dtype) for t in tokens]))
         results.append((side, accumulate(side, batches, dtype)))
     (ours, outputs), (plain, expected) = results
@@ -61,8 +60,8 @@ def test_recomputing_changes_no_result(placement, dtype, token_dtype):
 
 
 def test_gradients_in_a_mode_that_changed_in_between_are_those_of_the_forward_pass():
-    side = make_side("pre", **TINY).train()
-    clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
+    side = make_side("pre", **SIDE).train()
+    clips, tokens = make_inputs(torch.float64, SIDE, (8, 12))
     grads = []
     for changed in (False, True):
         side.zero_grad()
@@ -75,8 +74,8 @@ def test_gradients_in_a_mode_that_changed_in_between_are_those_of_the_forward_pa
 
 
 def test_weights_that_change_before_the_backward_pass_are_an_error():
-    side = make_side("pre", **TINY).train()
-    clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
+    side = make_side("pre", **SIDE).train()
+    clips, tokens = make_inputs(torch.float64, SIDE, (8, 12))
     out = side(clips, iter(tokens))
     with torch.no_grad():
         side.blocks[0].attn.qkv.weight.add_(1)
@@ -124,8 +123,8 @@ def test_tokens_are_kept_once_and_in_the_towers_type():
 
 
 def test_evaluation_holds_one_layer_of_tokens_at_a_time():
-    side = make_side("pre", torch.float32, **{**TINY, "num_layers": 5}).eval()
-    clips, tokens = make_inputs(torch.float32, {**TINY, "num_layers": 5}, (8, 12))
+    side = make_side("pre", torch.float32, **{**SIDE, "num_layers": 5}).eval()
+    clips, tokens = make_inputs(torch.float32, {**SIDE, "num_layers": 5}, (8, 12))
     shape, held, refs = tokens[0].shape, [], []
 
     def produce():
@@ -148,7 +147,7 @@ def test_a_compiled_tower_gives_the_same_losses():
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        tower = FrozenTower("vit_tiny_patch16_224", 32, TOWER)
+        tower = FrozenTower("vit_tiny_patch16_224", 32, SHARED_TOWER)
         sizes = dict(backbone_width=32, side_width=64, num_layers=3, patch_size=8, num_patches=16)
         model = Side4Video(tower, SideClassifier(make_side("pre", torch.float32, **sizes), 5)).train()
         model.place(torch.device("cpu"), compile_backbone=compiled)
@@ -182,21 +181,6 @@ def test_without_a_compiler_there_is_one_clear_error(tmp_path):
 # ---------------------------------------------------------------- processes
 
 
-def shared_batches():
-    """Two batches of four clips, in float64."""
-    for seed in range(2):
-        generator = torch.Generator().manual_seed(seed)
-        yield 3 * torch.randn(4, 3, 3, 16, 16, generator=generator, dtype=torch.float64) + 5
-
-
-def make_model(placement):
-    torch.manual_seed(0)
-    tower = FrozenTower("vit_tiny_patch16_224", 16, TOWER)
-    tower.convert(torch.float64)
-    sizes = dict(backbone_width=32, side_width=64, num_layers=3, patch_size=8, num_patches=4)
-    return Side4Video(tower, SideClassifier(make_side(placement, **sizes), 5).double()).train()
-
-
 def train_shared(rank, port, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -204,7 +188,7 @@ def train_shared(rank, port, folder):
     init_distributed()
     results = {}
     for placement, recompute, sync_bn in itertools.product(("pre", "post"), (True, False), (True, False)):
-        model = make_model(placement)
+        model = make_shared_model(placement)
         model.trained.side.recompute = recompute
         model.parallelize(sync_bn)
         sent = []
@@ -234,7 +218,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_synced_statistics_make_two_processes_one_with_the_double_batch(two_processes, placement, recompute):
     """Means far from zero, so that square sums in float32 would show; gradients are means over four clips."""
-    model = make_model(placement)
+    model = make_shared_model(placement)
     model.trained.side.recompute = recompute
     for clips in shared_batches():
         torch.nn.functional.cross_entropy(model(clips), torch.arange(4)).backward()
@@ -266,7 +250,7 @@ def test_processes_differ_without_synced_statistics(two_processes):
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_only_gradients_of_trained_tensors_are_sent_and_none_while_accumulating(two_processes, placement):
-    model = make_model(placement)
+    model = make_shared_model(placement)
     gradients = sum(p.numel() * p.element_size() for p in model.trained.parameters())
     assert all(rank[placement, True, False]["sent"] == [0, gradients] for rank in two_processes)
     norms = [m.num_features for m in model.modules() if isinstance(m, TokenBatchNorm)]

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import random_frame
 from PIL import Image
+from tiny import pillow_resize, random_frame
 
 from datasets.resample import Resample, bicubic, bilinear, resized_twice, unchanged
 
@@ -12,11 +12,6 @@ BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 def noise(width, height, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def pillow_resize(image, size, filter):
-    """One pass across, one down, which is Pillow's order for all sizes before version 13."""
-    return image.resize((size[0], image.height), filter).resize(size, filter)
 
 
 def resampled(frame, across, down, levels=None):

@@ -1,11 +1,9 @@
 import pytest
 import torch
 from textbook import textbook_name, textbook_of
+from tiny import SIDE, B, make_inputs, make_side, relative
 
-from modules.side_network import FrameAttention, SideNetwork, shift_class_token
-
-TINY = dict(backbone_width=48, side_width=128, num_layers=2, patch_size=4, num_patches=6)
-B, T = 3, 4
+from modules.side_network import SideNetwork, shift_class_token
 
 # Tensors whose true gradient is zero in training, because a norm takes away what they add. Slices are of S-wide thirds.
 KEYS = ("attn.qkv.bias", 1)  # shifts all scores of a query alike, in both modes
@@ -38,36 +36,14 @@ def assert_gradients_equal(side, textbook, placement, tolerance):
             assert relative(grad[~zero], reference[~zero]) < tolerance, name
 
 
-def make_inputs(dtype, sizes, hw, batch=B, frames=T):
-    generator = torch.Generator().manual_seed(1)
-    clips = torch.randn(batch, frames, 3, *hw, generator=generator, dtype=torch.float64)
-    shape = (batch, frames, 1 + sizes["num_patches"], sizes["backbone_width"])
-    tokens = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(sizes["num_layers"])]
-    return clips.to(dtype), [t.to(dtype) for t in tokens]
-
-
-def make_side(placement, dtype=torch.float64, **sizes):
-    torch.manual_seed(0)
-    side = SideNetwork(**sizes, norm_placement=placement).to(dtype)
-    for module in side.modules():  # away from 1 and 0, so that a forgotten scale or shift shows
-        if isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm1d | FrameAttention):
-            for parameter in module.parameters():
-                parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return side
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_fast_equals_textbook_in_float64(placement, recompute):
-    side = make_side(placement, **TINY)
+    side = make_side(placement, **SIDE)
     side.recompute = recompute
-    textbook = textbook_of(side, **TINY, norm_placement=placement)
-    clips, tokens = make_inputs(torch.float64, TINY, (8, 12))
-    weight = torch.randn(B, TINY["side_width"], dtype=torch.float64)
+    textbook = textbook_of(side, **SIDE, norm_placement=placement)
+    clips, tokens = make_inputs(torch.float64, SIDE, (8, 12))
+    weight = torch.randn(B, SIDE["side_width"], dtype=torch.float64)
 
     for mode in (True, False):
         out, expected = side.train(mode)(clips, iter(tokens)), textbook.train(mode)(clips, tokens)
@@ -95,7 +71,7 @@ def test_fast_equals_textbook_in_float32_at_the_size_of_vit_b_32():
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_a_frame_changes_only_frames_within_reach(placement):
     """Each of the stem, the temporal convolution and the token shift reaches one frame to both sides, no further."""
-    sizes = {**TINY, "num_layers": 1}
+    sizes = {**SIDE, "num_layers": 1}
     side = make_side(placement, **sizes).eval()
     clips, tokens = make_inputs(torch.float64, sizes, (8, 12), batch=1, frames=9)
     captured = []
@@ -120,20 +96,20 @@ def test_class_token_shift_by_hand():
 
 
 def test_one_frame_is_enough():
-    side = make_side("pre", **TINY)
-    clips, tokens = make_inputs(torch.float64, TINY, (8, 12), frames=1)
-    assert side(clips, tokens).shape == (B, TINY["side_width"])
+    side = make_side("pre", **SIDE)
+    clips, tokens = make_inputs(torch.float64, SIDE, (8, 12), frames=1)
+    assert side(clips, tokens).shape == (B, SIDE["side_width"])
 
 
 @pytest.mark.parametrize("width", [0, 63, 96])
 def test_a_side_width_that_is_no_multiple_of_64_is_refused(width):
     with pytest.raises(ValueError, match="multiple of 64"):
-        SideNetwork(**{**TINY, "side_width": width})
+        SideNetwork(**{**SIDE, "side_width": width})
 
 
 def test_bfloat16_autocast_trains_every_tensor_in_float32():
-    side = make_side("pre", torch.float32, **TINY)
-    clips, tokens = make_inputs(torch.float32, TINY, (8, 12))
+    side = make_side("pre", torch.float32, **SIDE)
+    clips, tokens = make_inputs(torch.float32, SIDE, (8, 12))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = side(clips, tokens)
     exact = side.float()(clips, tokens)
@@ -202,8 +178,8 @@ def test_initial_spread_of_every_tensor(placement, rules):
 
 @pytest.mark.parametrize("batch, frames", [(1, 2), (2, 3)])
 def test_clips_are_independent_in_eval_mode(batch, frames):
-    side = make_side("pre", **TINY).eval()
-    clips, tokens = make_inputs(torch.float64, TINY, (8, 12), batch=batch, frames=frames)
+    side = make_side("pre", **SIDE).eval()
+    clips, tokens = make_inputs(torch.float64, SIDE, (8, 12), batch=batch, frames=frames)
     together = side(clips, tokens)
     alone = torch.cat([side(clips[i : i + 1], [t[i : i + 1] for t in tokens]) for i in range(batch)])
     assert relative(together, alone) < 1e-12

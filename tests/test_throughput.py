@@ -7,21 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from dotmap import DotMap
 
 import train as train_program
 from datasets.annotations import read_annotations
 from datasets.readers import FrameFolderReader
 from datasets.video_dataset import VideoDataset
+from engine import throughput as module
+from engine.configuration import default_config, read_config
+from engine.loops import train_one_epoch
+from engine.optim import build_optimizer
+from engine.throughput import STEPS, DeviceClock, HostClock, Throughput, advice, first_frame_size
 from modules import build_model
-from utils import throughput as module
-from utils.config import load_config
 from utils.config_schema import FIELDS
-from utils.engine import train_one_epoch
-from utils.optim import build_optimizer
 from utils.parallel import usable_cores
 from utils.precision import resolve_precision
-from utils.throughput import STEPS, DeviceClock, HostClock, Throughput, advice, first_frame_size
 
 CPU = torch.device("cpu")
 
@@ -36,9 +35,7 @@ class TurnedClock(HostClock):
 
 
 def make_config(**data):
-    defaults = {"dataset": "tiny", "protocol": None, "resize": None, "input_size": 224, "modality": "RGB"}
-    defaults |= {"workers": 4, "prefetch": 2, "num_segments": 8, "batch_size": 16, "num_sample": 1, "rand_aug": False}
-    return DotMap({"data": defaults | data}, _dynamic=False)
+    return default_config(data={"input_size": 224, "workers": 4, "num_segments": 8, "batch_size": 16, **data})
 
 
 def run(throughput, clock, steps, waiting, copying=0.0, computing=1.0, between=0.0):
@@ -54,7 +51,7 @@ def run(throughput, clock, steps, waiting, copying=0.0, computing=1.0, between=0
 
 
 def lines_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "utils.throughput"]
+    return [record.getMessage() for record in caplog.records if record.name == "engine.throughput"]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +116,7 @@ def test_the_mean_wait_is_that_since_it_was_last_asked_for():
 
 def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epochs(config, monkeypatch, caplog):
     """Epochs of 20 steps; nothing is logged before the 50th, and the start of an epoch counts as waiting."""
-    config = load_config(config, ["data.workers=0", "logging.print_freq=20"])
+    config = read_config(config, ["data.workers=0", "logging.print_freq=20"])
     clock = TurnedClock()
 
     class SlowLoader(list):
@@ -148,7 +145,7 @@ def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epoch
     share = 100 * waiting / (waiting + computing)
     assert f"steps 2 to 50: {share:.1f} % of the time waiting for data, 0.0 % copying it" in lines_of(caplog)[0]
     assert len(lines_of(caplog)) == 2 + len(advice(config, share / 100, usable_cores(), 1))
-    printed = [record.getMessage() for record in caplog.records if record.name == "utils.engine"]
+    printed = [record.getMessage() for record in caplog.records if record.name == "engine.loops"]
     assert len(printed) == 3 and all("of which 2.200 s waiting for data" in line for line in printed)
 
 

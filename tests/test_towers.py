@@ -4,23 +4,21 @@ import logging
 from pathlib import Path
 
 import pytest
-import test_engine
 import timm
 import torch
-from test_backbones import tiny_config
-from test_programs import score, train
+from tiny import pixel_batch, score_run, train_run, train_steps
 
+from engine.configuration import default_config, read_config
+from engine.summary import describe_model
 from modules import build_model, pretrained
 from modules.backbones import FrozenTower, choose_layers, find_architecture
+from modules.checkpoint import load_weights, save_official
+from modules.hashing import hash_tensors
 from modules.pretrained import load_tower_weights
+from modules.released import from_official, to_official
 from modules.side4video import Side4Video
 from tools import list_architectures
-from utils.checkpoint import load_weights, save_official
-from utils.config import load_config
 from utils.errors import CheckpointError, ConfigError
-from utils.hashing import hash_tensors
-from utils.official import from_official, to_official
-from utils.summary import describe_model
 
 TINY = {"embed_dim": 64, "depth": 4, "num_heads": 2}
 # timm's name -> pixels of a frame, mean of the first channel
@@ -43,12 +41,8 @@ EVA = {"EVA02-CLIP-L-14": True, "EVA02-CLIP-L-14-336": True, "EVA02-CLIP-bigE-14
 
 
 def tower_config(arch, size, kwargs=None, **network):
-    config = tiny_config(arch)
-    config.network.backbone_kwargs = {**TINY, **(kwargs or {})}
-    config.data.input_size = size
-    for key, value in network.items():
-        config.network[key] = value
-    return config
+    network = {"arch": arch, "backbone_kwargs": {**TINY, **(kwargs or {})}, **network}
+    return default_config(data={"input_size": size}, network=network)
 
 
 def eva_model(arch="EVA02-CLIP-L-14", seed=0, **network):
@@ -61,7 +55,7 @@ def eva_model(arch="EVA02-CLIP-L-14", seed=0, **network):
 
 
 def eva_clip_name(name):
-    """EVA-CLIP's name of a tensor of a timm tower, written from its checkpoints apart from utils/official.py."""
+    """EVA-CLIP's name of a tensor of a timm tower, written from its checkpoints apart from modules/released.py."""
     swaps = [("attn.q_proj.bias", "attn.q_bias"), ("attn.v_proj.bias", "attn.v_bias")]
     swaps += [("attn.norm.", "attn.inner_attn_ln."), ("mlp.norm.", "mlp.ffn_ln.")]
     if "fc1_g" in name or "fc1_x" in name:
@@ -100,7 +94,8 @@ def test_tokens_equal_those_of_timm_before_its_norm(name):
         torch.nn.init.normal_(parameter, std=0.1)
     own = tower.vit.state_dict()
     tower.vit.load_state_dict({key: tensor for key, tensor in vit.state_dict().items() if key in own})
-    assert tower.mean[0] == mean and len(tower.std) == 3
+    config = tower_config(f"timm/{name}", size)
+    assert config.data.mean[0] == mean and len(config.data.std) == 3
 
     last = []
     vit.norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
@@ -134,9 +129,8 @@ def test_one_training_step_changes_the_side_tensors_only(name):
 def test_pixels_are_normalised_as_the_tower_was_trained(monkeypatch):
     seen, forward = [], Side4Video.forward
     monkeypatch.setattr(Side4Video, "forward", lambda self, clips: seen.append(clips) or forward(self, clips))
-    monkeypatch.setattr(test_engine, "tiny_config", lambda: tower_config("timm/vit_base_patch16_siglip_224", 32))
-    batch = test_engine.batch(1)
-    test_engine.train([batch], 1)
+    batch = pixel_batch(1)
+    train_steps([batch], 1, network={"arch": "timm/vit_base_patch16_siglip_224", "backbone_kwargs": TINY})
     torch.testing.assert_close(seen[0], batch["clips"].float() / 255 * 2 - 1)
 
 
@@ -274,14 +268,14 @@ def test_released_names_that_are_missing_or_unknown_are_refused():
 def test_the_programs_take_a_released_post_checkpoint(config, tmp_path):
     eva = ["network.arch=EVA02-CLIP-L-14", "data.input_size=28", "network.backbone_kwargs.patch_size=14"]
     tiny = [*eva, "network.backbone_kwargs.embed_dim=64", "solver.epochs=1"]
-    train(config, tmp_path / "run", *tiny)
-    model = build_model(load_config(config, tiny))
+    train_run(config, tmp_path / "run", *tiny)
+    model = build_model(read_config(config, tiny))
     load_weights(model, tmp_path / "run" / "last_model.pt")
     save_official(tmp_path / "released.pt", model)
     paths = (tmp_path / "run" / "last_model.pt", tmp_path / "released.pt")
-    scores = [score(config, path, tmp_path / "s.npz", *tiny)["scores"] for path in paths]
+    scores = [score_run(config, path, tmp_path / "s.npz", *tiny)["scores"] for path in paths]
     assert (scores[0] == scores[1]).all()
-    tuned = train(config, tmp_path / "tuned", f"pretrain={paths[1]}", *tiny)
+    tuned = train_run(config, tmp_path / "tuned", f"pretrain={paths[1]}", *tiny)
     assert tuned["tower_sha256"] == torch.load(paths[0], weights_only=True)["tower_sha256"]
 
 

@@ -3,9 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_frame
 from PIL import Image
-from test_resample import pillow_resize
+from tiny import eval_transform, make_frames, pillow_resize, plain_clip, train_clip, train_transform
 
 from benchmarks import plain_pipeline
 from datasets.flips import flip_pairs
@@ -13,12 +12,11 @@ from datasets.resample import Resample, bicubic, resized_twice
 from datasets.transforms import (
     CLIP_MEAN,
     CLIP_STD,
-    EvalTransform,
-    TrainTransform,
     crop_corners,
     draw_box,
     draw_crop,
     normalize_clips,
+    protocol_resize,
     resize_size,
 )
 from utils.errors import ConfigError
@@ -26,16 +24,6 @@ from utils.errors import ConfigError
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-def make_frames(count, size=(53, 38)):
-    return [np.array(random_frame((7, number), size)) for number in range(count)]
-
-
-def train_clip(transform, frames, label, rng):
-    """(uint8 (T, 3, S, S), label)."""
-    clip = torch.empty(len(frames), 3, transform.input_size, transform.input_size, dtype=torch.uint8)
-    return clip, transform(frames, label, rng, clip)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +42,7 @@ def train_clip(transform, frames, label, rng):
     ],
 )
 def test_frames_are_resized_to_the_size_of_the_protocol(protocol, input_size, frame, expected):
-    assert resize_size(*frame, protocol, input_size) == expected
+    assert resize_size(*frame, protocol_resize(protocol, input_size)) == expected
 
 
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
@@ -71,15 +59,15 @@ def test_frames_are_resized_to_the_size_of_the_protocol(protocol, input_size, fr
 def test_a_resize_that_is_given_replaces_that_of_the_protocol_in_training_and_evaluation(
     protocol, resize, frame, expected
 ):
-    assert resize_size(*frame, protocol, 224, resize) == expected
+    assert resize_size(*frame, resize) == expected
     frames = make_frames(1, frame)
     resized = np.asarray(pillow_resize(Image.fromarray(frames[0]), expected, Image.Resampling.BICUBIC))
-    (view,) = EvalTransform(protocol, 16, resize=resize)(frames)
+    (view,) = eval_transform(protocol, 16, resize=resize)(frames)
     ((x, y),) = crop_corners(*expected, 16, 1)
     assert np.array_equal(view[0].permute(1, 2, 0).numpy(), resized[y : y + 16, x : x + 16])
-    clip, _ = train_clip(TrainTransform(protocol, 16, None, resize=resize), frames, 0, rng(5))
+    clip, _ = train_clip(train_transform(protocol, 16, None, resize=resize), frames, 0, rng(5))
     height_and_width = list(reversed(expected))
-    same, _ = train_clip(TrainTransform(protocol, 16, None, resize=height_and_width), [resized], 0, rng(5))
+    same, _ = train_clip(train_transform(protocol, 16, None, resize=height_and_width), [resized], 0, rng(5))
     assert (clip.int() - same.int()).abs().max() <= 2  # rounded once and not twice
 
 
@@ -109,11 +97,11 @@ def test_another_number_of_crops_is_refused():
 @pytest.mark.parametrize("num_crops", [1, 3, 5, 10])
 def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops, frame_size):
     frames = make_frames(3, frame_size)
-    views = EvalTransform(protocol, 224, num_crops)(frames)
+    views = eval_transform(protocol, 224, num_crops)(frames)
     assert views.shape == (num_crops, 3, 3, 224, 224)
     assert views.dtype == torch.uint8
     assert views.is_contiguous()
-    width, height = resize_size(*frame_size, protocol, 224)
+    width, height = resize_size(*frame_size, protocol_resize(protocol, 224))
     corners = crop_corners(width, height, 224, num_crops)
     for t, frame in enumerate(frames):
         resized = pillow_resize(Image.fromarray(frame), (width, height), Image.Resampling.BICUBIC)
@@ -127,7 +115,7 @@ def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops
 @pytest.mark.parametrize("num_crops", [1, 3, 10])
 def test_places_say_which_frame_is_where(num_crops):
     frames, places = make_frames(3), np.array([2, 0, 0, 1, 2])
-    transform = EvalTransform("kinetics", 32, num_crops)
+    transform = eval_transform("kinetics", 32, num_crops)
     assert torch.equal(transform(frames, places), transform(frames)[:, torch.from_numpy(places)])
 
 
@@ -135,23 +123,15 @@ def test_places_say_which_frame_is_where(num_crops):
 def test_evaluation_views_equal_those_of_the_plain_pipeline(protocol):
     frames = make_frames(4, (100, 70))
     plain = plain_pipeline.eval_views([Image.fromarray(frame) for frame in frames], 2, 3, protocol, 64)
-    views = EvalTransform(protocol, 64, 3)(frames).unflatten(1, (2, 2)).flatten(0, 1)
+    views = eval_transform(protocol, 64, 3)(frames).unflatten(1, (2, 2)).flatten(0, 1)
     assert torch.equal(normalize_clips(views), plain)
-
-
-def plain_clip(frames, label, seed, protocol, size, flip_labels, rand_aug=False):
-    """What the plain pipeline makes of it, int (T, S, S, 3), and the label."""
-    images = [Image.fromarray(frame) for frame in frames]
-    generator = np.random.default_rng(seed)
-    clip, label = plain_pipeline.train_clip(images, label, generator, protocol, size, flip_labels, rand_aug)
-    return np.stack([np.asarray(image).astype(int) for image in clip]), label
 
 
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
 @pytest.mark.parametrize("frame_size", [(53, 38), (38, 53), (427, 240)])
 def test_training_pixels_and_labels_are_the_plain_pipelines_but_for_rounding(protocol, frame_size):
     frames, size = make_frames(2, frame_size), 224 if frame_size[0] > 224 else 32
-    transform = TrainTransform(protocol, size, {3: 4})
+    transform = train_transform(protocol, size, {3: 4})
     labels, means = set(), []
     for seed in range(12):
         clip, label = train_clip(transform, frames, 3, rng(seed))
@@ -168,7 +148,7 @@ def test_training_pixels_and_labels_are_the_plain_pipelines_but_for_rounding(pro
 def test_training_pixels_are_pillows_where_the_resize_changes_no_size():
     frames, boxes_and_flips = make_frames(2, (44, 32)), set()
     for seed in range(40):
-        clip, label = train_clip(TrainTransform("kinetics", 32, {}), frames, 3, rng(seed))
+        clip, label = train_clip(train_transform("kinetics", 32, {}), frames, 3, rng(seed))
         generator = rng(seed)
         box = draw_box(44, 32, generator)
         flip, gray = generator.random() < 0.5, generator.random() < 0.2
@@ -188,17 +168,17 @@ def test_equal_frames_stay_equal_under_training_augmentation(protocol):
     frames = make_frames(1) * 4
     rng = np.random.default_rng(0)
     for _ in range(5):
-        clip, _ = train_clip(TrainTransform(protocol, 32, {}), frames, 0, rng)
+        clip, _ = train_clip(train_transform(protocol, 32, {}), frames, 0, rng)
         assert (clip == clip[:1]).all()
 
 
 def test_frames_of_another_size_follow_the_first_of_their_clip():
     frames = make_frames(1, (60, 40)) + make_frames(1, (40, 60))
-    together = EvalTransform("kinetics", 32)(frames)[0]
-    assert torch.equal(together[0], EvalTransform("kinetics", 32)(frames[:1])[0, 0])
+    together = eval_transform("kinetics", 32)(frames)[0]
+    assert torch.equal(together[0], eval_transform("kinetics", 32)(frames[:1])[0, 0])
     resized = pillow_resize(Image.fromarray(frames[1]), (48, 32), Image.Resampling.BICUBIC)
     assert np.array_equal(together[1].permute(1, 2, 0), np.asarray(resized)[:, 8:40])
-    clip, _ = train_clip(TrainTransform("kinetics", 32, {}), frames, 0, rng())
+    clip, _ = train_clip(train_transform("kinetics", 32, {}), frames, 0, rng())
     resized = [Image.fromarray(frame).resize((48, 32), Image.Resampling.BICUBIC) for frame in frames]
     expected, _ = plain_clip([np.array(frame) for frame in resized], 0, 0, "kinetics", 32, {})
     assert np.abs(clip.permute(0, 2, 3, 1).numpy() - expected).max() <= 3
@@ -266,7 +246,7 @@ def cropped(frame, tables):
 
 def test_the_label_follows_the_flip():
     (frame,) = make_frames(1)
-    transform = TrainTransform("kinetics", 32, {5: 6, 6: 5})
+    transform = train_transform("kinetics", 32, {5: 6, 6: 5})
     seen = set()
     for seed in range(20):
         crop = draw_crop(44, 32, 32, generator := rng(seed))
@@ -284,7 +264,7 @@ def test_the_label_follows_the_flip():
 
 
 def test_half_of_the_clips_are_flipped():
-    generator, transform, frames = rng(), TrainTransform("kinetics", 8, {0: 1}), make_frames(1, (10, 8))
+    generator, transform, frames = rng(), train_transform("kinetics", 8, {0: 1}), make_frames(1, (10, 8))
     flips = sum(train_clip(transform, frames, 0, generator)[1] for _ in range(1000))
     assert 440 < flips < 560
 
@@ -293,7 +273,7 @@ def test_without_flips_no_clip_is_mirrored_and_every_other_draw_stays():
     frames, seen = make_frames(2), set()
     for seed in range(20):
         (mirrored, changed), (plain, label) = (
-            train_clip(TrainTransform("kinetics", 32, flip_labels), frames, 5, rng(seed))
+            train_clip(train_transform("kinetics", 32, flip_labels), frames, 5, rng(seed))
             for flip_labels in ({5: 6}, None)
         )
         assert label == 5 and torch.equal(plain, mirrored.flip(-1) if changed == 6 else mirrored)

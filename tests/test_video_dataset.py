@@ -5,13 +5,13 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import random_frame
 from PIL import Image
+from tiny import eval_transform, random_frame, train_transform
 
 from datasets.annotations import VideoRecord, read_annotations
 from datasets.readers import FrameFolderReader, FrameMemory, Video, decode_image
 from datasets.sampling import sample_test
-from datasets.transforms import EvalTransform, TrainTransform
+from datasets.transforms import TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
 from utils.errors import ConfigError, DataError
 
@@ -30,11 +30,11 @@ def make_dataset(cls, paths, transform, protocol="kinetics", **options):
 
 
 def train_dataset(paths, **options):
-    return make_dataset(TrainVideoDataset, paths, TrainTransform("kinetics", 32, {0: 1, 1: 0}), seed=3, **options)
+    return make_dataset(TrainVideoDataset, paths, train_transform("kinetics", 32, {0: 1, 1: 0}), seed=3, **options)
 
 
 def eval_dataset(paths, num_crops=1, **options):
-    return make_dataset(EvalVideoDataset, paths, EvalTransform("kinetics", 32, num_crops), **options)
+    return make_dataset(EvalVideoDataset, paths, eval_transform("kinetics", 32, num_crops), **options)
 
 
 class CountingReader(FrameFolderReader):
@@ -314,7 +314,7 @@ def test_the_views_of_a_video_are_its_clips_crop_by_crop(make_frame_folders):
     assert sample["clips"].shape == (6, 4, 3, 32, 32)
     assert sample["clips"].is_contiguous()
     assert sample["labels"].tolist() == sample["indices"].tolist() == [1]
-    transform = EvalTransform("kinetics", 32, 3)
+    transform = eval_transform("kinetics", 32, 3)
     for clip, indices in enumerate(sample_test(21, 4, "kinetics", 2)):
         crops = transform(dataset.reader.open(dataset.records[1]).read(indices.tolist()))
         for crop in range(3):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import CELL, FRAMES, HEIGHT, WIDTH, numbered_picture, write_packets
 from torch.utils.data import DataLoader
 
 import test as test_program
@@ -24,8 +25,6 @@ from datasets.decoders import PyAVVideo, presentation, read_packet_table
 from datasets.readers import VideoFileReader
 from utils.errors import ConfigError, DataError
 
-WIDTH, HEIGHT, CELL = 96, 64, 24
-FRAMES = 50
 TICKS = [int(tick) for tick in np.cumsum(np.random.default_rng(0).choice([20, 40, 40, 120, 400], FRAMES))]
 LATE = [2000 + 40 * i for i in range(FRAMES)]
 OPEN_GROUPS = {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0"}
@@ -70,54 +69,10 @@ TOLD = {
 }
 
 
-def picture(number: int, more: int = 0) -> np.ndarray:
-    """A frame that carries its number below 256: eight squares, white for a set bit. It is `more` wider and higher."""
-    frame = np.full((HEIGHT + more, WIDTH + more, 3), 60, dtype=np.uint8)
-    for bit in range(8):
-        row, column = 8 + bit // 4 * CELL, bit % 4 * CELL
-        frame[row : row + CELL, column : column + CELL] = 255 * (number >> bit & 1)
-    return frame
-
-
 def number_of(frame: np.ndarray) -> int:
     grey = frame.mean(axis=-1)
     cells = [grey[8 + bit // 4 * CELL :, bit % 4 * CELL :][6 : CELL - 6, 6 : CELL - 6] for bit in range(8)]
     return sum(int(cell.mean() > 128) << bit for bit, cell in enumerate(cells))
-
-
-def write(
-    path,
-    frames=FRAMES,
-    codec="libx264",
-    keys=12,
-    b_frames=0,
-    times=None,
-    options=None,
-    container_options=None,
-    empty=0,
-    more=0,
-    pixel_format="yuv420p",
-):
-    """A video of `frames` numbers or of the pictures in it, and then of `empty` MPEG-4 packets without a picture."""
-    if codec not in av.codec.codecs_available:
-        pytest.skip(f"this PyAV cannot write {codec}")
-    pictures = [picture(number, more) for number in range(frames)] if isinstance(frames, int) else frames
-    with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = pixel_format
-        stream.codec_context.gop_size, stream.codec_context.max_b_frames = keys, b_frames
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for index, pixels in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = times[index] if times else 40 * index, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        for index in range(len(pictures), len(pictures) + empty):
-            packet = av.Packet(b"\0\0\1\xb6\x50\x06")  # a frame's start code and header, which ends in "not coded"
-            packet.stream, packet.time_base = stream, Fraction(1, 1000)
-            packet.pts = packet.dts = 40 * index
-            container.mux(packet)
 
 
 def open_video(path, decoder):
@@ -144,7 +99,7 @@ def clips(tmp_path_factory):
 
     def clip(kind):
         if not (folder / kind).exists():
-            write(folder / kind, **KINDS[kind])
+            write_packets(folder / kind, **KINDS[kind])
         return folder / kind
 
     return clip
@@ -169,7 +124,7 @@ def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path, decoder, first
     """As `ffmpeg -ss ... -c copy` leaves them: all packets since the last key frame, and times below 0 for some."""
     path, times = tmp_path / "cut.mp4", [40 * (index - first) for index in range(200)]
     options = {"options": {"sc_threshold": "0"}, "container_options": {"avoid_negative_ts": "disabled"}}
-    write(path, frames=200, keys=1000, b_frames=2, times=times, **options)
+    write_packets(path, frames=200, keys=1000, b_frames=2, times=times, **options)
     with av.open(str(path)) as container:
         assert sum(packet.is_discard for packet in container.demux(video=0)) == first
     assert numbers(path, decoder) == list(range(first, 200))
@@ -180,12 +135,12 @@ def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path, decoder, first
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_single_frame_is_a_video(tmp_path, decoder):
     for name, codec in {"1.mp4": "libx264", "1.avi": "mpeg4", "1.mkv": "libx264", "1.webm": "libvpx-vp9"}.items():
-        write(tmp_path / name, frames=[picture(77)], codec=codec)
+        write_packets(tmp_path / name, frames=[numbered_picture(77)], codec=codec)
         assert numbers(tmp_path / name, decoder) == [77]
 
 
 def test_the_frames_of_a_transport_stream_are_right_or_refused(tmp_path):
-    write(tmp_path / "clip.ts", b_frames=3)
+    write_packets(tmp_path / "clip.ts", b_frames=3)
     assert numbers(tmp_path / "clip.ts", "pyav") == list(range(FRAMES))
     line = error_line(tmp_path / "clip.ts", "decord")
     assert "decord cannot read it (it may lose the first frames of an MPEG" in line
@@ -219,7 +174,7 @@ X264 = {
 @pytest.mark.parametrize(("options", "share"), X264.items())
 def test_what_is_not_decoded_changes_no_pixel(tmp_path, options, share):
     path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
-    write(path, frames=scene(FRAMES), options={"x264-params": options})
+    write_packets(path, frames=scene(FRAMES), options={"x264-params": options})
     convert = decoders._Converter()
     whole = [convert(frame) for frame in PyAVVideo(str(path))._decode()]
     shares = []
@@ -244,7 +199,7 @@ def test_a_seek_to_what_needs_parameters_from_before_is_not_made(tmp_path):
             encoder.time_base, encoder.gop_size = Fraction(1, 25), 10
             encoded = []
             for number in range(start, start + 25):
-                frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(numbered_picture(number), format="rgb24")
                 frame.pts, frame.time_base = number, Fraction(1, 25)
                 encoded += encoder.encode(frame)
             packets += [*encoded, *encoder.encode(None)]
@@ -339,7 +294,7 @@ def test_times_that_contradict_the_order_of_decoding_are_not_trusted(tmp_path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"x264-params": "bframes=3:b-adapt=0:keyint=1000"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        frames = [av.VideoFrame.from_ndarray(picture(number), format="rgb24") for number in range(FRAMES)]
+        frames = [av.VideoFrame.from_ndarray(numbered_picture(number), format="rgb24") for number in range(FRAMES)]
         packets = [packet for frame in [*frames, None] for packet in stream.encode(frame)]
         for place, packet in enumerate(packets):
             packet.pts = packet.dts = place
@@ -396,7 +351,7 @@ def test_packets_that_do_not_tell_the_frames_are_decoded_whole(clips, monkeypatc
 
 def test_auto_is_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path, monkeypatch):
     taken = []
-    write(tmp_path / "clip.ts", b_frames=3)
+    write_packets(tmp_path / "clip.ts", b_frames=3)
     for name, library in decoders.DECODERS.items():
         monkeypatch.setitem(
             decoders.DECODERS, name, lambda path, name=name, library=library: taken.append(name) or library(path)
@@ -414,7 +369,7 @@ def test_auto_is_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path,
         path = clips(kind) if kind in KINDS else kind
         assert numbers(path, "auto") == list(range(FRAMES))
         assert taken == expected
-    write(tmp_path / "empty.avi", frames=40, codec="mpeg4", keys=1000, empty=5)
+    write_packets(tmp_path / "empty.avi", frames=40, codec="mpeg4", keys=1000, empty=5)
     with pytest.raises(DataError, match="empty.avi: decord cannot read it .*data.decoder=pyav may read it$"):
         numbers(tmp_path / "empty.avi", "auto")
 
@@ -438,7 +393,7 @@ def test_a_truncated_file_has_the_frames_that_are_left(clips, tmp_path, kind, pa
 
 def test_an_mp4_that_ends_inside_a_frame_is_read_by_pyav_and_refused_by_decord(tmp_path):
     whole, path = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
-    write(whole, container_options={"movflags": "faststart"})
+    write_packets(whole, container_options={"movflags": "faststart"})
     with av.open(str(whole)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][30]
         start, size = packet.pos, packet.size
@@ -467,7 +422,7 @@ def test_a_frame_that_cannot_be_decoded_is_an_error_where_the_packets_promised_i
 @pytest.mark.parametrize("empty", [5, 200])  # decord has 128 marks for the end of the file, and waits for more in vain
 def test_packets_without_a_picture_are_an_error_with_decord_which_counts_them(tmp_path, empty):
     path = tmp_path / "clip.mp4"
-    write(path, frames=40, codec="mpeg4", keys=1000, empty=empty)
+    write_packets(path, frames=40, codec="mpeg4", keys=1000, empty=empty)
     assert numbers(path, "pyav")[:40] == list(range(40))
     assert open_video(path, "decord").num_frames == 40 + empty
     assert numbers(path, "decord", [0, 39]) == [0, 39]
@@ -507,7 +462,7 @@ def scene(frames, width=WIDTH, height=HEIGHT):
 
 def test_no_channel_is_swapped_and_no_row_moved(tmp_path):
     pictures = scene(20)
-    write(tmp_path / "clip.mp4", frames=pictures, b_frames=2, options={"crf": "10"})
+    write_packets(tmp_path / "clip.mp4", frames=pictures, b_frames=2, options={"crf": "10"})
     for decoder in DECODERS:
         for frame, index in zip(open_video(tmp_path / "clip.mp4", decoder).read([0, 7, 19]), (0, 7, 19), strict=True):
             assert frame.dtype == np.uint8 and frame.shape == (HEIGHT, WIDTH, 3) and frame.flags.c_contiguous

@@ -45,9 +45,8 @@ from datasets.annotations import (
 from datasets.flips import flip_pairs, mirror_words
 from datasets.frame_files import frame_pattern
 from datasets.readers import JPEG_START, VideoFileReader
-from datasets.sampling import protocol_of
+from engine.configuration import read_config
 from tools.prepare_data import as_json, decode, write_text
-from utils.config import load_config
 from utils.errors import ConfigError, DataError, UserError, run_program
 from utils.parallel import parallel_map, usable_cores
 
@@ -126,7 +125,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.workers < 0:
         raise UserError(f"--workers: must be 0 or more, got {args.workers}")
-    data = load_config(args.config, args.overrides).data
+    data = read_config(args.config, args.overrides).data
     lists = [AnnotationList(part, data[f"{part}_list"], data[f"{part}_root"]) for part in PARTS if data[f"{part}_list"]]
     clean = {} if args.clean is None else clean_paths(lists, args.clean)
     try:
@@ -248,9 +247,8 @@ def check_classes(config_path: str, data: DotMap) -> tuple[list[str] | None, lis
             return None, [Finding("error", "names", *error.line.split(": ", 1))]
     if not data.flip:
         return names, findings
-    protocol = data.protocol or protocol_of(data.dataset)
     try:
-        pairs = flip_pairs(protocol, data.num_classes, names)
+        pairs = flip_pairs(data.protocol, data.num_classes, names)
     except ConfigError as error:
         add("error", "flip", error.line)
         return names, findings
@@ -263,7 +261,7 @@ def check_classes(config_path: str, data: DotMap) -> tuple[list[str] | None, lis
         if (mirrored := mirror_words(name)) != name and label not in pairs:
             message = f"class {label}: the mirror of {name!r} is no class ({mirrored!r}), so a flip keeps its label"
             add("warning", "flip", f"{message}; see data.flip")
-    if protocol == "something" and names != sorted(names):
+    if data.protocol == "something" and names != sorted(names):
         label, (name, other) = next(
             (label, pair) for label, pair in enumerate(zip(names, sorted(names), strict=True)) if len(set(pair)) > 1
         )

@@ -20,10 +20,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import read_class_names
+from engine.configuration import read_config
 from modules import build_model
-from modules.side4video import Side4Video
-from utils.checkpoint import (
+from modules.checkpoint import (
     SAFETENSORS,
+    checkpoint_state,
     flat_tensors,
     holds_tower,
     is_official,
@@ -34,10 +35,10 @@ from utils.checkpoint import (
     save_official,
     save_safetensors,
 )
-from utils.config import load_config
+from modules.hashing import hash_tensors
+from modules.released import official_names
+from modules.side4video import Side4Video
 from utils.errors import CheckpointError, run_program
-from utils.hashing import hash_tensors
-from utils.official import official_names
 
 Row = tuple[str, Tensor, str]
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--verify", action="store_true", help="compare the scores of both files on a random clip")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides, purpose="model")
+    config = read_config(args.config, args.overrides, purpose="model")
     rows = convert(config, args.source, args.target, args.format)
 
     widths = [max(len(text) for text in column) for column in zip(*map(describe, rows), strict=True)]
@@ -91,14 +92,15 @@ def convert(config: DotMap, source: Path, target: Path, form: str | None = None)
     if form == "official":
         save_official(target, model, checkpoint.get("epoch", 0))
     else:
-        state = {
-            **model_state(model),
-            "trained": model.trained.state_dict(),
-            "epoch": checkpoint.get("epoch", 0),
-            "best_accuracy": checkpoint.get("best_accuracy", -1.0),
-            "config": checkpoint.get("config") or config.toDict(),
-            "class_names": class_names(config, checkpoint),
-        }
+        state = checkpoint_state(
+            model_state(model),
+            model.trained.state_dict(),
+            checkpoint.get("config") or config.toDict(),
+            class_names(config, checkpoint),
+            epoch=checkpoint.get("epoch", 0),
+            best_accuracy=checkpoint.get("best_accuracy"),
+            decoder=checkpoint.get("decoder"),
+        )
         (save_safetensors if form == "safetensors" else save_checkpoint)(target, state)
     return trace(model, checkpoint, read_checkpoint(target))
 

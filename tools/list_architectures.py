@@ -9,15 +9,13 @@ operations, norms and sums as none.
 
 import sys
 
-import timm
 import torch
-from dotmap import DotMap
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.configuration import default_config
 from modules import build_model
-from modules.backbones import find_architecture
 
 FRAMES, CLASSES = 8, 400
 SIDE_WIDTHS = {  # the paper's for B, L and E
@@ -51,10 +49,11 @@ def main() -> None:
 
 def describe(arch: str) -> tuple[str, ...]:
     """The row of one architecture at timm's input size, with 8 frames and 400 classes."""
-    architecture = find_architecture(arch)
-    pixels = timm.get_pretrained_cfg(architecture.timm_name).input_size[-1]
+    network = {"arch": arch, "side_dim": SIDE_WIDTHS[arch], "backbone_kwargs": {}}
+    config = default_config(data={"num_classes": CLASSES, "input_size": None}, network=network)
+    pixels = config.data.input_size
     with torch.device("meta"):
-        model = build_model(configuration(arch, pixels, SIDE_WIDTHS[arch])).eval()
+        model = build_model(config).eval()
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # autocast knows no meta device
     with fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # attention as two products, both counted
         model.to_empty(device="cpu")
@@ -68,12 +67,6 @@ def describe(arch: str) -> tuple[str, ...]:
     variant, side_width = model.trained.side.norm_placement, str(SIDE_WIDTHS[arch])
     counts = (f"{frozen:.1f}", f"{trained:.1f}", f"{total:.0f}", f"{own:.0f}")
     return (f"`{arch}`", variant, str(pixels), side_width, *counts)
-
-
-def configuration(arch: str, pixels: int, side_width: int) -> DotMap:
-    network = {"arch": arch, "init": False, "weights": None, "side_dim": side_width, "drop_fc": 0.0}
-    network |= {"backbone_kwargs": {}, "side_variant": None, "side_layers": None, "backbone_dtype": "float32"}
-    return DotMap({"network": network, "data": {"input_size": pixels, "num_classes": CLASSES}}, _dynamic=False)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets import official_lists
 from datasets.annotations import numbered_lines, parse_line, split_line
 from datasets.frame_files import frame_pattern
-from datasets.official_lists import Annotation
+from tools import official_lists
+from tools.official_lists import Annotation
 from utils.atomic import write_atomically
 from utils.config_schema import FIELDS
 from utils.errors import DataError, UserError, run_program

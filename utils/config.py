@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from dotmap import DotMap
@@ -18,6 +18,7 @@ from utils.errors import ConfigError, run_program
 COMMAND_LINE = "command line"
 USAGE = "usage: python -m utils.config train|test CONFIG [key=value ...]"
 Fail = Callable[[str, str], NoReturn]
+Purpose = Literal["train", "test", "model"]
 
 
 class Entry(NamedTuple):
@@ -27,9 +28,7 @@ class Entry(NamedTuple):
     origin: str
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), purpose: Literal["train", "test", "model"] = "train"
-) -> DotMap:
+def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
     """The configuration of one run: every key of the schema but `base`; asking the DotMap for another name is an error.
 
     `overrides` are `section.key=value` with the value in YAML. Lists and roots that `purpose` needs must exist;
@@ -40,9 +39,23 @@ def load_config(
     entries = _read_file(Path(path))
     for override in overrides:
         _apply_override(entries, override)
+    return _checked(entries, str(path), purpose)
+
+
+def config_from_dict(plain: dict[str, Any], source: str, purpose: Purpose = "train") -> DotMap:
+    """The configuration of nested dictionaries, such as a checkpoint holds; `source` names them in errors."""
+    entries = {}
+    for name, value in plain.items():
+        keys = {f"{name}.{key}": item for key, item in value.items()} if name in SECTIONS else {name: value}
+        entries |= {key: Entry(item, source) for key, item in keys.items()}
+    return _checked(entries, source, purpose)
+
+
+def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap:
+    """The values of `entries`, checked against the schema, with its defaults; `source` names what gives no entry."""
 
     def fail(key: str, problem: str) -> NoReturn:
-        raise ConfigError(f"{entries[key].origin if key in entries else path}: {key}: {problem}")
+        raise ConfigError(f"{entries[key].origin if key in entries else source}: {key}: {problem}")
 
     for key in entries:
         if key not in FIELDS and key not in LEGACY:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets.augment import BatchAugment
-from datasets.loaders import VideoLoader, view_batch
+from datasets.batch_augment import BatchAugment
+from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
+from engine.optim import lr_factor, set_learning_rate
+from engine.throughput import Throughput
 from modules.side4video import Side4Video
 from utils.distributed import Traffic, all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
-from utils.optim import lr_factor, set_learning_rate
 from utils.precision import Precision
-from utils.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def train_one_epoch(
     """
     data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
+    mean, std = tuple(data.mean), tuple(data.std)
     monitor = LossMonitor(epoch, precision.device)
     model.train()
     throughput = throughput or Throughput(config, precision.device)
@@ -97,7 +98,7 @@ def train_one_epoch(
         clips = batch["clips"].to(precision.device, non_blocking=True)
         labels = batch["labels"].to(precision.device, non_blocking=True)
         throughput.lap()
-        clips = normalize_clips(clips, model.backbone.mean, model.backbone.std)
+        clips = normalize_clips(clips, mean, std)
         clips, targets = augment(clips, labels, config.seed, epoch, iteration, get_rank())
         update = (iteration + 1) % accumulation == 0
         with nullcontext() if update else model.no_sync():
@@ -159,6 +160,7 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
     data, num_videos, num_classes = config.data, len(loader.dataset), config.data.num_classes
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
+    mean, std = tuple(data.mean), tuple(data.std)
     model.eval()
     progress = tqdm(
         total=math.ceil(num_videos / get_world_size()), unit="video", disable=None if get_rank() == 0 else True
@@ -167,11 +169,11 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
         if len(batch["indices"]) == 0:
             continue
         chunks = []
-        for views in batch["clips"].split(view_batch(config)):
+        for views in batch["clips"].split(config.test.view_batch):
             clips = views.to(precision.device, non_blocking=True)
             keep_step(model, precision.device)
             with precision.autocast():
-                chunks.append(model(normalize_clips(clips, model.backbone.mean, model.backbone.std)).float())
+                chunks.append(model(normalize_clips(clips, mean, std)).float())
         probabilities = torch.cat(chunks).softmax(dim=-1)
         indices = batch["indices"].to(precision.device, non_blocking=True)
         scores[indices] = probabilities.view(len(indices), -1, num_classes).mean(dim=1)

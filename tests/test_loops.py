@@ -2,43 +2,20 @@ import math
 
 import pytest
 import torch
-from dotmap import DotMap
-from test_backbones import tiny_config
+from tiny import pixel_batch, tiny_config, train_steps
 
+from engine.loops import LossMonitor, NonFiniteLossError
 from modules import build_model
 from modules.side_network import TokenBatchNorm
-from utils.engine import LossMonitor, NonFiniteLossError, train_one_epoch
-from utils.optim import build_optimizer
 from utils.precision import resolve_precision
 
 CPU = torch.device("cpu")
 
 
-def batch(seed, clips=4):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (clips, 2, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return {"clips": pixels, "labels": torch.randint(0, 5, (clips,), generator=generator)}
-
-
-def train(batches, accumulation, **changes):
-    solver = {"type": "multistep", "epochs": 9, "lr": 0.01, "lr_warmup_step": 0, "lr_decay_step": 9, "clip_ratio": 1.0}
-    solver |= {"betas": [0.9, 0.999], "weight_decay": 0.1, "smoothing": 0.1, "clip_grad": None, "mixup": False}
-    solver |= {"grad_accumulation_steps": accumulation, **changes}
-    plain = {**tiny_config().toDict(), "solver": solver, "seed": 0, "logging": {"print_freq": 100}}
-    plain["solver"]["sync_bn"] = False
-    plain["data"]["rand_erase"] = False
-    config = DotMap(plain, _dynamic=False)
-    torch.manual_seed(0)
-    model = build_model(config)
-    optimizer, precision = build_optimizer(model, config), resolve_precision("amp", CPU)
-    loss = train_one_epoch(model, batches, optimizer, precision.grad_scaler(), precision, 0, config)
-    return model, loss
-
-
 def test_the_same_batch_twice_accumulated_is_the_batch_once():
     """Means over accumulated batches, and no gradient of theirs outlives the update."""
     # BatchNorm's own parameters have half the rate then, so a second update would start from other weights.
-    once, twice = train([batch(1)], 1)[0], train([batch(1), batch(1)], 2)[0]
+    once, twice = train_steps([pixel_batch(1)], 1)[0], train_steps([pixel_batch(1), pixel_batch(1)], 2)[0]
     others = dict(twice.trained.named_parameters())
     norms = {name for name, m in once.trained.named_modules() if isinstance(m, TokenBatchNorm)}
     for name, parameter in once.trained.named_parameters():
@@ -48,17 +25,17 @@ def test_the_same_batch_twice_accumulated_is_the_batch_once():
 
 
 def test_the_loss_is_cross_entropy_with_label_smoothing():
-    model, loss = train([batch(1)], 1)
+    model, loss = train_steps([pixel_batch(1)], 1)
     torch.manual_seed(0)
     fresh = build_model(tiny_config()).train()
-    clips = batch(1)["clips"].float() / 255
+    clips = pixel_batch(1)["clips"].float() / 255
     mean, std = (
         torch.tensor(v).view(3, 1, 1)
         for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     )
     log_probabilities = fresh((clips - mean) / std).log_softmax(-1)
     targets = torch.full((4, 5), 0.1 / 5)
-    targets[torch.arange(4), batch(1)["labels"]] += 0.9
+    targets[torch.arange(4), pixel_batch(1)["labels"]] += 0.9
     assert loss == pytest.approx(-(targets * log_probabilities).sum(-1).mean().item(), rel=1e-4)
 
 
@@ -72,7 +49,7 @@ def test_clip_grad_bounds_the_step(monkeypatch):
         norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    train([batch(1), batch(2)], 1, clip_grad=1e-3)
+    train_steps([pixel_batch(1), pixel_batch(2)], 1, clip_grad=1e-3)
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from datasets.sampling import protocol_of
 from datasets.transforms import resize_size
 from datasets.video_dataset import VideoDataset
 from utils.distributed import gather, get_local_world_size, get_rank, get_world_size
@@ -163,7 +162,7 @@ def advice(config: Any, waiting: float, cores: int, processes: int, frame: tuple
             f"data.workers={room} instead of {data.workers}: as many as {place} leave room for; "
             f"about {enough} would keep up, so each must have less work too"
         ]
-    wanted = resize_size(*(frame or (1, 1)), data.protocol or protocol_of(data.dataset), data.input_size, data.resize)
+    wanted = resize_size(*(frame or (1, 1)), data.resize)
     if data.modality == "video":
         lines.append(
             "data.modality=RGB: video files are decoded in every epoch anew, with frames between those that are used; "

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -51,7 +52,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
         f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_count(side) / 1e6:.2f} M; "
         f"head: {_count(head) / 1e6:.2f} M",
         f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
-        f"{tower.timm_size} x {tower.timm_size}; mean {_join(tower.mean)}, std {_join(tower.std)}",
+        f"{tower.timm_size} x {tower.timm_size}; mean {_join(config.data.mean)}, std {_join(config.data.std)}",
         f"in all: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M total",
         *([f"video files: decoded by {decoder}"] if (decoder := describe_decoder(config.data)) else []),
     ]
@@ -67,7 +68,7 @@ def git_commit() -> str:
         return "unknown"
 
 
-def _join(values: tuple[float, ...]) -> str:
+def _join(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
 

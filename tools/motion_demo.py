@@ -8,7 +8,7 @@ mirrored "left" is a "right".
 
 Letters: F frames, O objects, H = W = size in pixels.
 
-    python -m datasets.motion_demo ROOT [--train_videos N] [--val_videos N] [--size PIXELS] [--num_frames N] [--seed N]
+    python -m tools.motion_demo ROOT [--train_videos N] [--val_videos N] [--size PIXELS] [--num_frames N] [--seed N]
 """
 
 import argparse
@@ -192,7 +192,7 @@ def _object(rng: np.random.Generator) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
     """Generate the data set from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.motion_demo", description="Generate the demo data set.")
+    parser = argparse.ArgumentParser(prog="python -m tools.motion_demo", description="Generate the demo data set.")
     parser.add_argument("root", type=Path, help="folder to make")
     parser.add_argument("--train_videos", type=int, default=640)
     parser.add_argument("--val_videos", type=int, default=160)

@@ -7,17 +7,15 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from test_backbones import published_form, tiny_config
-from test_programs import score, train
 from textbook import TextbookBlock
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
+from tiny import TOWER, published_form, score_run, train_run
 from torch import nn
 
-from datasets.motion_demo import CLASSES
-from modules import build_model
-from utils import official
-from utils.checkpoint import (
+from engine.configuration import default_config, read_config
+from modules import build_model, released
+from modules.checkpoint import (
     holds_tower,
     load_weights,
     model_state,
@@ -25,9 +23,9 @@ from utils.checkpoint import (
     save_checkpoint,
     save_official,
 )
-from utils.config import load_config
+from modules.released import to_official
+from tools.motion_demo import CLASSES
 from utils.errors import CheckpointError, UserError
-from utils.official import to_official
 
 NAMES = """
 fc.weight fc.bias visual.class_embedding visual.positional_embedding visual.conv1.weight
@@ -58,10 +56,11 @@ side_transformer.K.mlp.fc2.weight side_transformer.K.mlp.fc2.bias
 """
 
 
-def make_model(seed=0, num_classes=5, input_size=32, **network):
+def make_model(seed=0, num_classes=5, input_size=32, arch="ViT-B/16", init=False, weights=None, **kwargs):
     """ViT-B/16 cut to two blocks of width 32, side width 64, 2 x 2 patches, used statistics."""
-    config = tiny_config(depth=2, **network)
-    config.data.num_classes, config.data.input_size = num_classes, input_size
+    network = {"arch": arch, "init": init, "weights": weights}
+    network["backbone_kwargs"] = {**TOWER, "depth": 2, **kwargs}
+    config = default_config(data={"num_classes": num_classes, "input_size": input_size}, network=network)
     torch.manual_seed(seed)
     model = build_model(config)
     model.train()(torch.randn(2, 3, 3, input_size, input_size))
@@ -227,7 +226,7 @@ def test_our_model_comes_back_from_the_released_form_to_the_bit(tmp_path):
 def test_a_table_may_part_a_tensor_into_several(monkeypatch, tmp_path):
     start = "visual.transformer.side_transformer.*.attn."
     parted = {"trained.side.blocks.*.attn.qkv.": tuple(f"{start}{part}_proj." for part in "qkv")}
-    monkeypatch.setitem(official.OFFICIAL_NAMES, "pre", official.OFFICIAL_NAMES["pre"] | parted)
+    monkeypatch.setitem(released.OFFICIAL_NAMES, "pre", released.OFFICIAL_NAMES["pre"] | parted)
     model, other = make_model(0), make_model(1)
     state = to_official(model)
     qkv = model.trained.side.blocks[1].attn.qkv.weight
@@ -374,30 +373,30 @@ def test_a_named_tower_is_proven_at_another_input_size_too(tmp_path):
 
 
 def test_the_programs_take_a_released_checkpoint_as_they_take_ours(config, tmp_path):
-    train(config, tmp_path / "run", "solver.epochs=1")
+    train_run(config, tmp_path / "run", "solver.epochs=1")
     ours, released = tmp_path / "run" / "last_model.pt", tmp_path / "released.pt"
-    model = build_model(load_config(config))
+    model = build_model(read_config(config))
     load_weights(model, ours)
     save_official(released, model, epoch=1)
     # network.init would need a weight file if the checkpoint did not hold the tower
-    scores = [score(config, path, tmp_path / "s.npz", "network.init=True")["scores"] for path in (ours, released)]
+    scores = [score_run(config, path, tmp_path / "s.npz", "network.init=True")["scores"] for path in (ours, released)]
     assert np.array_equal(*scores)
 
     short = ["solver.epochs=1", "logging.skip_epoch=[0]"]
-    tuned = train(config, tmp_path / "tuned", f"pretrain={released}", "network.init=True", *short)
+    tuned = train_run(config, tmp_path / "tuned", f"pretrain={released}", "network.init=True", *short)
     assert tuned["tower_file"] is None and tuned["tower_sha256"] == torch.load(ours, weights_only=True)["tower_sha256"]
     with pytest.raises(UserError, match="released.pt: a released checkpoint can only be started from, by pretrain"):
-        train(config, tmp_path / "resumed", f"resume={released}")
+        train_run(config, tmp_path / "resumed", f"resume={released}")
 
     more = len(CLASSES) + 1
     other_classes = [f"data.num_classes={more}", "data.label_list=None"]
-    own = train(config, tmp_path / "own", f"pretrain={released}", *short, *other_classes)
+    own = train_run(config, tmp_path / "own", f"pretrain={released}", *short, *other_classes)
     assert own["trained"]["head.weight"].shape == (more, 64)
     assert f"head: made anew for {more} classes" in (tmp_path / "own" / "train.log").read_text()
     refusal = f"its head has {more - 1} classes, data.num_classes is {more}"
     with pytest.raises(UserError, match=refusal):
-        score(config, released, tmp_path / "s.npz", *other_classes)
+        score_run(config, released, tmp_path / "s.npz", *other_classes)
     with pytest.raises(UserError, match=refusal):  # nothing would train the new head
-        train(config, tmp_path / "eval", f"pretrain={released}", "solver.evaluate=True", *other_classes)
+        train_run(config, tmp_path / "eval", f"pretrain={released}", "solver.evaluate=True", *other_classes)
     with pytest.raises(UserError, match=refusal):
-        train(config, tmp_path / "more", f"resume={ours}", *other_classes)
+        train_run(config, tmp_path / "more", f"resume={ours}", *other_classes)

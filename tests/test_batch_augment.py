@@ -6,16 +6,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_backbones import tiny_config
-from test_engine import batch, train
-from test_loaders import assert_equal_batches, epoch_batches, make_config
-from test_transforms import make_frames, plain_clip, train_clip
+from tiny import (
+    assert_equal_batches,
+    epoch_batches,
+    loader_config,
+    make_frames,
+    pixel_batch,
+    plain_clip,
+    tiny_config,
+    train_clip,
+    train_steps,
+    train_transform,
+)
 
-from datasets.augment import BatchAugment
+from datasets.batch_augment import BatchAugment
 from datasets.flips import flip_pairs
 from datasets.loaders import build_train_loader
 from datasets.rand_augment import draw_operations, grayscale
-from datasets.transforms import TrainTransform, draw_crop, normalize_clips
+from datasets.transforms import draw_crop, normalize_clips
 from modules import build_model
 from utils.seeding import seed_everything
 
@@ -32,7 +40,7 @@ def global_states():
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
 def test_equal_frames_stay_equal(protocol):
     frames, size = make_frames(1) * 3, 16
-    plain, full = (TrainTransform(protocol, size, {}, rand_aug) for rand_aug in (False, True))
+    plain, full = (train_transform(protocol, size, {}, rand_aug) for rand_aug in (False, True))
     changed = 0
     for seed in range(60):
         clip, _ = train_clip(full, frames, 0, np.random.default_rng(seed))
@@ -45,7 +53,7 @@ def test_equal_frames_stay_equal(protocol):
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
 def test_the_steps_come_in_the_order_of_the_protocol_and_the_label_follows_the_flip(protocol):
     names = ["Pulling something from left to right", "Pulling something from right to left", "Dropping something"]
-    transform = TrainTransform(protocol, 32, flip_pairs(protocol, 3, names), rand_aug=True)
+    transform = train_transform(protocol, 32, flip_pairs(protocol, 3, names), rand_aug=True)
     frames, seen, apart = make_frames(2), set(), []
     for seed in range(30):
         rng = np.random.default_rng(seed)
@@ -67,7 +75,7 @@ def test_the_steps_come_in_the_order_of_the_protocol_and_the_label_follows_the_f
 
 def test_a_training_clip_leaves_the_global_generators_alone(monkeypatch):
     before = global_states()
-    train_clip(TrainTransform("kinetics", 16, {}, True), make_frames(2), 0, np.random.default_rng(0))
+    train_clip(train_transform("kinetics", 16, {}, True), make_frames(2), 0, np.random.default_rng(0))
     assert global_states() == before
 
     def broken(drawn):
@@ -84,12 +92,12 @@ def test_a_training_clip_leaves_the_global_generators_alone(monkeypatch):
 def test_workers_change_no_augmented_batch(make_frame_folders):
     paths = make_frame_folders([9] * 8, size=(20, 16))
     settings = {"num_sample": 2, "rand_aug": True, "dataset": "kinetics"}
-    alone, three = (build_train_loader(make_config(paths, workers=count, **settings)) for count in (0, 3))
+    alone, three = (build_train_loader(loader_config(paths, workers=count, **settings)) for count in (0, 3))
     for epoch in (0, 1):
         batches = epoch_batches(alone, epoch)
         np.random.seed(epoch), random.seed(epoch)  # whatever the caller does with them
         assert_equal_batches(batches, epoch_batches(three, epoch))
-    plain = epoch_batches(build_train_loader(make_config(paths, **settings | {"rand_aug": False})), 1)
+    plain = epoch_batches(build_train_loader(loader_config(paths, **settings | {"rand_aug": False})), 1)
     assert not any(torch.equal(a["clips"], b["clips"]) for a, b in zip(plain, batches, strict=True))
 
 
@@ -109,7 +117,7 @@ def test_gray_is_pillows():
 
 @pytest.mark.parametrize(("protocol", "low", "high"), [("kinetics", 0.17, 0.23), ("something", 0, 0)])
 def test_share_of_gray_clips(protocol, low, high, monkeypatch):
-    frames, transform = make_frames(2, (10, 8)), TrainTransform(protocol, 8, {})
+    frames, transform = make_frames(2, (10, 8)), train_transform(protocol, 8, {})
     monkeypatch.setattr("datasets.transforms.resize_size", lambda *_: (10, 8))  # 320 x 256 would be slow
     rng, gray = np.random.default_rng(0), []
     for _ in range(2000):
@@ -234,11 +242,11 @@ def test_without_augmentation_clips_stay_and_targets_are_smoothed_labels():
 
 
 def test_the_loss_of_mixed_clips_is_cross_entropy_with_their_soft_targets():
-    _, loss = train([batch(1)], 1, mixup=True)
+    _, loss = train_steps([pixel_batch(1)], 1, mixup=True)
     torch.manual_seed(0)
     fresh = build_model(tiny_config()).train()
     seed, epoch, iteration, process = 0, 0, 0, 0
     clips, targets = BatchAugment(5, 0.1, False, True, CPU)(
-        normalize_clips(batch(1)["clips"]), batch(1)["labels"], seed, epoch, iteration, process
+        normalize_clips(pixel_batch(1)["clips"]), pixel_batch(1)["labels"], seed, epoch, iteration, process
     )
     assert loss == pytest.approx(-(targets * fresh(clips).log_softmax(-1)).sum(-1).mean().item(), rel=1e-4)

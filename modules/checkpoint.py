@@ -10,7 +10,7 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
     tower_sha256_but_positions  the same without the position table, checked at another input size
     optimizer, scaler state dicts
     epoch             epochs finished
-    best_accuracy     best validation top-1 in percent so far, -1.0 before the first
+    best_accuracy     best validation top-1 in percent so far, None before the first (-1.0 in older files)
     config            the resolved configuration
     class_names       list, or None
     decoder           what decoded video files, with its version, or None for frame folders
@@ -18,7 +18,7 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
 Random states are not stored because none carries over an epoch: every draw of data derives from (seed, epoch, index,
 repeat), and the global generators are seeded from (seed, epoch, process) at the start of each.
 
-The released checkpoints of Side4Video (utils/official.py) are read by the same functions, and so are the .safetensors
+The released checkpoints of Side4Video (modules/released.py) are read by the same functions, and so are the .safetensors
 files of tools/convert_checkpoint.py: tensors `trained.*` and, if held, `tower.*`; the rest, without the states of
 optimizer and scaler, is JSON in the metadata entry "side4video".
 """
@@ -36,12 +36,12 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from modules.hashing import TOWER_POSITIONS, tower_hashes
 from modules.pretrained import load_strictly
+from modules.released import from_official, to_official
 from modules.side4video import Side4Video
 from utils.atomic import write_atomically
 from utils.errors import CheckpointError
-from utils.hashing import TOWER_POSITIONS, tower_hashes
-from utils.official import from_official, to_official
 
 FORMAT = "side4video/1"
 SAFETENSORS = ".safetensors"
@@ -63,6 +63,38 @@ def model_state(model: Side4Video) -> dict[str, Any]:
         "tower_file": model.backbone.weight_file,
         **((named and model.backbone.hashes) or tower_hashes(tower)),
     }
+
+
+def checkpoint_state(
+    model_part: dict[str, Any],
+    trained: dict[str, Tensor],
+    config: dict[str, Any],
+    class_names: list[str] | None,
+    *,
+    epoch: int = 0,
+    best_accuracy: float | None = None,
+    decoder: str | None = None,
+    optimizer: dict[str, Any] | None = None,
+    scaler: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The entries of a checkpoint, as listed at the top of this file.
+
+    Args:
+        model_part: of `model_state`.
+        trained: state dict of the side network and head.
+        config: the resolved configuration as a plain dictionary.
+        optimizer, scaler: state dicts; None leaves the entries out, and a run cannot go on from such a file.
+    """
+    state = {
+        **model_part,
+        "trained": trained,
+        "epoch": epoch,
+        "best_accuracy": best_accuracy,
+        "config": config,
+        "class_names": class_names,
+        "decoder": decoder,
+    }
+    return state if optimizer is None else {**state, "optimizer": optimizer, "scaler": scaler}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -134,6 +166,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of this project (no entry format: {FORMAT!r}), nor a released one of Side4Video "
             "(no state dict model_state_dict)"
         )
+    if content.get("best_accuracy") == -1.0:
+        content["best_accuracy"] = None
     return content
 
 

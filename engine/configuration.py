@@ -1,0 +1,104 @@
+"""The resolved configuration: values that a file leaves open are derived once, right after loading."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from dotmap import DotMap
+
+from datasets.sampling import protocol_of
+from datasets.transforms import protocol_resize
+from modules.backbones import find_architecture, stated_pixels
+from utils.config import Purpose, config_from_dict, load_config, resize_problem
+from utils.errors import ConfigError
+from utils.precision import resolve_precision
+
+# Keys that may be open in a file (None, or `auto`), and that `resolve_config` fills.
+DERIVED_KEYS = (
+    "data.protocol",
+    "data.input_size",
+    "data.resize",
+    "data.mean",
+    "data.std",
+    "network.side_variant",
+    "network.side_layers",
+    "network.backbone_dtype",
+    "test.view_batch",
+)
+
+VARIANT_LAYERS = {"pre": "all", "post": "every2"}  # tower blocks that each variant reads by default
+
+# Values for the keys that the schema requires: a tower of two blocks with random weights, and five classes.
+SMALL = {
+    "data": {"dataset": "small", "batch_size": 4, "num_classes": 5, "input_size": 32, "num_segments": 2, "workers": 0},
+    "network": {
+        "arch": "timm/vit_tiny_patch16_224",
+        "init": False,
+        "backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        "side_dim": 64,
+    },
+    "solver": {"epochs": 1, "lr": 1e-3},
+}
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
+    """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`."""
+    return resolve_config(load_config(path, overrides, purpose))
+
+
+def resolve_config(config: DotMap) -> DotMap:
+    """Return a configuration in which every key of DERIVED_KEYS has its value; resolving it again changes nothing.
+
+    The protocol follows from the data set's name, the size of the resize from the protocol; input size, mean, std and
+    side variant from the tower; the layers from the variant; the tower's type from precision and device; the views in
+    the model at once from the batch size.
+
+    Raises:
+        ConfigError: unknown architecture, or one whose input size or mean timm does not state, or `data.resize` below
+            the input size.
+    """
+    plain = copy.deepcopy(config.toDict())
+    data, network = plain["data"], plain["network"]
+    architecture = find_architecture(network["arch"])
+    data["protocol"] = data["protocol"] or protocol_of(data["dataset"])
+    for key, value in stated_pixels(architecture).items():
+        if data[key] is None:
+            if value is None:
+                raise ConfigError(f"data.{key}: missing, and timm states none for {network['arch']}; set it")
+            data[key] = value
+    if problem := resize_problem(data["resize"], data["input_size"]):
+        raise ConfigError(f"data.resize: {problem}")
+    if data["resize"] is None:
+        data["resize"] = protocol_resize(data["protocol"], data["input_size"])
+    network["side_variant"] = network["side_variant"] or architecture.side_variant
+    if network["side_layers"] is None:
+        network["side_layers"] = VARIANT_LAYERS[network["side_variant"]]
+    if network["backbone_dtype"] == "auto":
+        network["backbone_dtype"] = _automatic_dtype(plain["solver"]["precision"])
+    plain["test"]["view_batch"] = plain["test"]["view_batch"] or data["batch_size"]
+    return DotMap(plain, _dynamic=False)
+
+
+def default_config(**changes: Any) -> DotMap:
+    """Return a resolved configuration for tests and benchmarks: the schema's defaults, and SMALL where it has none.
+
+    Args:
+        changes: sections as dictionaries, `data={"num_segments": 8}`, and keys without a section, `seed=1`. They
+            replace single keys. No file or folder has to exist.
+
+    Raises:
+        ConfigError: as from `load_config`.
+    """
+    plain = copy.deepcopy(SMALL)
+    for name, value in changes.items():
+        plain[name] = {**plain.get(name, {}), **value} if isinstance(value, dict) else value
+    return resolve_config(config_from_dict(plain, "default_config", purpose="model"))
+
+
+def _automatic_dtype(precision: str) -> str:
+    """The type of `solver.precision` on a GPU, float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return "float32"
+    return str(resolve_precision(precision, torch.device("cuda")).dtype).removeprefix("torch.")
