@@ -1,7 +1,7 @@
 """Multi-view test of a checkpoint: every video of `data.val_list` once, exact top-1 and top-5.
 
-A list whose labels are all -1 gets scores only. A video that cannot be read has NaN scores and counts as wrong (frame
-folders: with data.on_error=skip, else it ends the run).
+A list whose labels are all -1 gets scores only. A video file that cannot be read has NaN scores and counts as wrong; a
+frame folder that cannot be read ends the run, unless data.on_error=skip.
 
 sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
                               [--save_scores FILE] [--precision P] [key=value ...]
@@ -9,12 +9,11 @@ python test.py --config CONFIG --weights CHECKPOINT [...]             one device
 """
 
 import argparse
-import json
 import logging
 import time
 from pathlib import Path
 
-import numpy as np
+from dotmap import DotMap
 
 from datasets.annotations import UNLABELLED
 from datasets.decoders import describe_decoder
@@ -23,15 +22,14 @@ from engine.class_names import class_order
 from engine.configuration import read_config
 from engine.loops import evaluate
 from engine.metrics import class_accuracy, topk_accuracy
+from engine.scores import Scores, save_scores
 from engine.summary import describe_model
 from modules import build_model
 from modules.checkpoint import holds_tower, load_model_state, read_checkpoint
-from utils.atomic import write_atomically
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
 from utils.errors import DataError, run_program
 from utils.logger import setup_logging
 from utils.precision import resolve_precision
-from utils.seeding import seed_everything
 
 log = logging.getLogger("test")
 
@@ -56,86 +54,91 @@ def main(argv: list[str]) -> None:
         overrides.append(f"solver.precision={args.precision}")
     config = read_config(args.config, overrides, purpose="test")
 
-    device = init_distributed()
-    setup_logging()
-    seed_everything(config.seed)
-    checkpoint = read_checkpoint(args.weights)
-    model = build_model(config, load_tower=not holds_tower(checkpoint))
-    load_model_state(model, checkpoint, args.weights)
-    model.place(device, config.network.shard_backbone, config.solver.compile)
-    precision = resolve_precision(config.solver.precision, device)
-    loader = build_eval_loader(
-        config, get_rank(), get_world_size(), clips=args.test_clips, crops=args.test_crops, unlabelled=True
-    )
-    labels = loader.dataset.labels
-    labelled = labels[0] != UNLABELLED
-    if not labelled and not args.save_scores:
-        raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
-    class_names, trained_names = loader.dataset.class_names, checkpoint.get("class_names")
-    columns = class_order(class_names, trained_names, args.weights, config.test.remap_labels)
-    for line in describe_model(config, model):
-        log.info(line)
-
-    started = time.perf_counter()
-    scores = evaluate(model, loader, precision, config)[:, columns]
-    seconds = time.perf_counter() - started
-    accuracy = "no labels"
-    if labelled:
-        accuracy = "top-1 {:.2f}, top-5 {:.2f}".format(*(topk_accuracy(scores, labels, k) for k in (1, 5)))
-    views = f"{config.data.num_segments} frames x {args.test_crops} crops x {args.test_clips} clips"
-    log.info(
-        "%s%s on %d videos: %s, %.3f s a video",
-        *(views, " (dense)" if config.data.dense else "", len(scores), accuracy, seconds / len(scores)),
-    )
-    names = class_names or trained_names
-    if labelled and names:
-        lowest = list(class_accuracy(scores, labels).items())[:5]
-        log.info("lowest top-1: %s", ", ".join(f"{names[label]} {top1:.2f}" for label, top1 in lowest))
+    result = test(config, args.weights, args.test_crops, args.test_clips, scores_only=args.save_scores is not None)
     if args.save_scores and get_rank() == 0:
-        protocol = {
-            "dataset": config.data.dataset,
-            "protocol": loader.dataset.protocol,
-            "num_segments": config.data.num_segments,
-            "index_base": config.data.index_base,
-            "resize": config.data.resize,
-            "input_size": config.data.input_size,
-            "mean": config.data.mean,
-            "std": config.data.std,
-            "test_crops": args.test_crops,
-            "test_clips": args.test_clips,
-            "dense": config.data.dense,
-            "precision": precision.name,
-            "checkpoint": str(args.weights),
-            "list": config.data.val_list,
-            "decoder": describe_decoder(config.data),
-        }
-        paths = [record.path for record in loader.dataset.records]
-        save_scores(Path(args.save_scores), paths, labels, scores, protocol, names)
+        save_scores(Path(args.save_scores), result)
         log.info("scores: %s", args.save_scores)
     close_distributed()
 
 
-def save_scores(
-    path: Path,
-    paths: list[str],
-    labels: np.ndarray,
-    scores: np.ndarray,
-    protocol: dict,
-    class_names: list[str] | None = None,
-) -> None:
-    """Write an npz atomically: `paths` (str), `labels` (int64), `scores` (float32, videos x K), `protocol` (JSON).
+def test(config: DotMap, weights: str, crops: int = 1, clips: int = 1, *, scores_only: bool = True) -> Scores:
+    """Score every video of `data.val_list` with V = crops x clips views.
 
-    If the names of the K classes are known, they are `class_names` (str).
+    Args:
+        config: of `read_config`.
+        weights: file of a checkpoint, ours or a released one.
+        crops: 1, 3, 5 or 10 crops of a clip.
+        clips: clips of a video.
+        scores_only: accept a list without labels, from which only scores can come.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit the configuration.
+        DataError: the list or a video cannot be read.
     """
-    arrays = {
-        "paths": np.array(paths, dtype=str),
-        "labels": np.asarray(labels, dtype=np.int64),
-        "scores": np.asarray(scores, dtype=np.float32),
-        "protocol": np.array(json.dumps(protocol)),
+    device = init_distributed()
+    setup_logging()
+    precision = resolve_precision(config.solver.precision, device)
+
+    # Data first: a list without labels is refused before a large model is loaded.
+    loader = build_eval_loader(config, get_rank(), get_world_size(), clips=clips, crops=crops, unlabelled=True)
+    dataset = loader.dataset
+    if dataset.labels[0] == UNLABELLED and not scores_only:
+        raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
+
+    checkpoint = read_checkpoint(weights)
+    trained_names = checkpoint.get("class_names")
+    order = class_order(dataset.class_names, trained_names, weights, config.test.remap_labels)
+    model = build_model(config, load_tower=not holds_tower(checkpoint))
+    load_model_state(model, checkpoint, weights)
+    model.place(device, config.network.shard_backbone, config.solver.compile)
+    for line in describe_model(config, model):
+        log.info(line)
+
+    started = time.perf_counter()
+    scores = evaluate(model, loader, precision, config)
+    protocol = {
+        "dataset": config.data.dataset,
+        "protocol": config.data.protocol,
+        "num_segments": config.data.num_segments,
+        "index_base": config.data.index_base,
+        "resize": config.data.resize,
+        "input_size": config.data.input_size,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "test_crops": crops,
+        "test_clips": clips,
+        "dense": config.data.dense,
+        "precision": precision.name,
+        "checkpoint": str(weights),
+        "list": config.data.val_list,
+        "decoder": describe_decoder(config.data),
     }
-    if class_names:
-        arrays["class_names"] = np.array(class_names, dtype=str)
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    result = Scores(
+        paths=[record.path for record in dataset.records],
+        labels=dataset.labels,
+        scores=scores if order is None else scores[:, order],
+        class_names=dataset.class_names or trained_names,
+        protocol=protocol,
+    )
+    report(result, seconds=time.perf_counter() - started)
+    return result
+
+
+def report(result: Scores, seconds: float) -> None:
+    """Log the accuracy of a test whose evaluation took so many seconds."""
+    scores, labels, protocol = result.scores, result.labels, result.protocol
+    accuracy = "no labels"
+    if result.labelled:
+        top1, top5 = (topk_accuracy(scores, labels, k) for k in (1, 5))
+        accuracy = f"top-1 {top1:.2f}, top-5 {top5:.2f}"
+    log.info(
+        f"{protocol['num_segments']} frames x {protocol['test_crops']} crops x {protocol['test_clips']} clips"
+        f"{' (dense)' if protocol['dense'] else ''} on {len(scores)} videos: {accuracy}, "
+        f"{seconds / len(scores):.3f} s a video"
+    )
+    if result.labelled and result.class_names:
+        lowest = list(class_accuracy(scores, labels).items())[:5]
+        log.info("lowest top-1: %s", ", ".join(f"{result.class_names[label]} {top1:.2f}" for label, top1 in lowest))
 
 
 if __name__ == "__main__":

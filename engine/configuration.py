@@ -31,7 +31,7 @@ DERIVED_KEYS = (
 VARIANT_LAYERS = {"pre": "all", "post": "every2"}  # tower blocks that each variant reads by default
 
 # Values for the keys that the schema requires: a tower of two blocks with random weights, and five classes.
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "data": {"dataset": "small", "batch_size": 4, "num_classes": 5, "input_size": 32, "num_segments": 2, "workers": 0},
     "network": {
         "arch": "timm/vit_tiny_patch16_224",
@@ -91,7 +91,7 @@ def default_config(**changes: Any) -> DotMap:
     Raises:
         ConfigError: as from `load_config`.
     """
-    plain = copy.deepcopy(SMALL)
+    plain: dict[str, Any] = copy.deepcopy(SMALL)
     for name, value in changes.items():
         plain[name] = {**plain.get(name, {}), **value} if isinstance(value, dict) else value
     return resolve_config(config_from_dict(plain, "default_config", purpose="model"))

@@ -9,9 +9,9 @@ def topk_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     Args:
         scores: float (videos, K); a video with a NaN counts as wrong.
         labels: int (videos,).
-        k: how many classes may be named; at most K are.
+        k: number of classes that count as an answer, at most K.
     """
-    # stable, so that equal scores give the same answer on every machine: the lower class index wins
+    # A stable sort gives the same answer on every machine: of equal scores, the lower class index wins.
     ranked = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     right = (ranked == labels[:, None]).any(axis=1) & ~np.isnan(scores).any(axis=1)
     return 100.0 * float(right.mean())

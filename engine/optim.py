@@ -1,4 +1,4 @@
-"""Optimizer groups and the learning rate as a pure function of time (docs/protocol.md section 6)."""
+"""The optimizer's groups, and the learning rate as a pure function of time (docs/protocol.md section 6)."""
 
 import math
 from bisect import bisect_right
@@ -11,9 +11,9 @@ from modules.side_network import TokenBatchNorm
 
 
 def build_optimizer(model: Side4Video, config: DotMap) -> torch.optim.AdamW:
-    """AdamW, eps 1e-8, weight decay on every trained tensor, in three groups that differ in their learning rate.
+    """AdamW, eps 1e-8, with weight decay on every trained tensor, in three groups that differ in their learning rate.
 
-    Head: `lr`. Side network: `lr * clip_ratio`, but its BatchNorm parameters `lr`, divided by
+    Head: `lr`. Side network: `lr * clip_ratio`, except its BatchNorm parameters: `lr`, divided by
     `grad_accumulation_steps` unless `sync_bn`. Each group keeps its own peak as `base_lr`.
     """
     solver = config.solver
@@ -26,12 +26,12 @@ def build_optimizer(model: Side4Video, config: DotMap) -> torch.optim.AdamW:
     }
     side = dict(model.trained.side.named_parameters())
     groups = {
-        "head": (model.trained.head.parameters(), solver.lr),
+        "head": (list(model.trained.head.parameters()), solver.lr),
         "side": ([p for name, p in side.items() if name not in norm_names], solver.lr * solver.clip_ratio),
         "side_batch_norm": ([p for name, p in side.items() if name in norm_names], norm_lr),
     }
     return torch.optim.AdamW(
-        [{"params": list(p), "name": name, "lr": lr, "base_lr": lr} for name, (p, lr) in groups.items()],
+        [{"params": p, "name": name, "lr": lr, "base_lr": lr} for name, (p, lr) in groups.items()],
         betas=tuple(solver.betas),
         eps=1e-8,
         weight_decay=solver.weight_decay,
@@ -39,12 +39,12 @@ def build_optimizer(model: Side4Video, config: DotMap) -> torch.optim.AdamW:
 
 
 def lr_factor(epoch: float, solver: DotMap) -> float:
-    """What every group's `base_lr` is multiplied with at a moment of training.
+    """The number that every group's `base_lr` is multiplied by at a moment of training.
 
     Args:
         epoch: e = epoch + iteration / iterations per epoch.
-        solver: `type`, `epochs`, `lr_warmup_step` (epochs) and `lr_decay_step` are read. An integer `lr_decay_step`
-            means every so many epochs, a list names the epochs.
+        solver: `type`, `epochs`, `lr_warmup_step` (epochs) and `lr_decay_step` are read. With `multistep`, an integer
+            `lr_decay_step` means every so many epochs, and a list names the epochs, in any order.
     """
     if epoch < solver.lr_warmup_step:
         return epoch / solver.lr_warmup_step

@@ -1,4 +1,4 @@
-"""What runs, said once at the start."""
+"""What a run consists of, in lines for the start of its log."""
 
 import platform
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import timm
 import torch
 from dotmap import DotMap
-from torch.utils.data import DataLoader
 
 from datasets.decoders import describe_decoder
+from datasets.loaders import VideoLoader
 from modules.side4video import Side4Video
 from utils.distributed import get_world_size
 from utils.precision import Precision
@@ -19,9 +19,9 @@ PAPER_GPUS = 8
 
 
 def describe_run(
-    config: DotMap, model: Side4Video, train_loader: DataLoader, val_loader: DataLoader, precision: Precision
+    config: DotMap, model: Side4Video, train_loader: VideoLoader, val_loader: VideoLoader, precision: Precision
 ) -> list[str]:
-    """Lines for the start-up log: versions, model, data, batch, steps."""
+    """Versions, commit, seed, model, data, batch and number of steps of a training."""
     data, solver, world = config.data, config.solver, get_world_size()
     accumulated = solver.grad_accumulation_steps
     steps, batch = len(train_loader) // accumulated, data.batch_size * accumulated
@@ -30,7 +30,7 @@ def describe_run(
         f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
         f"commit {git_commit()}, seed {config.seed}, {world} process(es) on {device}, precision {precision.name}",
         *describe_model(config, model),
-        f"data: {data.dataset}, protocol {train_loader.dataset.protocol}, {len(train_loader.dataset)} training and "
+        f"data: {data.dataset}, protocol {data.protocol}, {len(train_loader.dataset)} training and "
         f"{len(val_loader.dataset)} validation videos, {data.num_classes} classes, {data.num_segments} frames "
         f"of {data.input_size} pixels{', dense' if data.dense else ''}",
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
@@ -42,24 +42,26 @@ def describe_run(
 
 
 def describe_model(config: DotMap, model: Side4Video) -> list[str]:
-    """Parameters of each part, frozen and trained, and what decodes video files."""
+    """Parameters of each part, frozen and trained, the pixels it takes, and what decodes video files."""
     tower, side, head = model.backbone, model.trained.side, model.trained.head
     frozen, trained = _count(tower), _count(model.trained)
-    return [
+    lines = [
         f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
-        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {frozen / 1e6:.2f} M frozen",
+        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen",
         f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.pos.shape[1]} read the "
-        f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_count(side) / 1e6:.2f} M; "
-        f"head: {_count(head) / 1e6:.2f} M",
+        f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_millions(_count(side))}; "
+        f"head: {_millions(_count(head))}",
         f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
         f"{tower.timm_size} x {tower.timm_size}; mean {_join(config.data.mean)}, std {_join(config.data.std)}",
-        f"in all: {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen, {(trained + frozen) / 1e6:.2f} M total",
-        *([f"video files: decoded by {decoder}"] if (decoder := describe_decoder(config.data)) else []),
+        f"in all: {_millions(trained)} trained, {_millions(frozen)} frozen, {_millions(trained + frozen)} total",
     ]
+    if decoder := describe_decoder(config.data):
+        lines.append(f"video files: decoded by {decoder}")
+    return lines
 
 
 def git_commit() -> str:
-    """Short hash of the checked-out commit, `+` after it when tracked files were changed, `unknown` without git."""
+    """Short hash of the checked-out commit, with `+` if tracked files were changed; `unknown` without git."""
     root = Path(__file__).resolve().parent.parent
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -74,3 +76,8 @@ def _join(values: Sequence[float]) -> str:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _millions(parameters: int) -> str:
+    """Millions with two digits; small numbers in full, so that none becomes 0.00 M."""
+    return f"{parameters / 1e6:.2f} M" if parameters >= 100_000 else f"{parameters:,} parameters"

@@ -1,21 +1,22 @@
-"""Where the time of the training steps goes, and what to change when the data is late."""
+"""Where the time of the training steps goes."""
 
 import logging
-import math
 import time
-from itertools import pairwise
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+from dotmap import DotMap
 
-from datasets.transforms import resize_size
 from datasets.video_dataset import VideoDataset
+from engine.advice import advice, first_frame_size
 from utils.distributed import gather, get_local_world_size, get_rank, get_world_size
-from utils.errors import DataError
 from utils.parallel import usable_cores
 
-STEPS = 50  # after so many the shares are logged
+PHASES = ("data", "copy", "compute")  # of a step: waiting for a batch, copying it to the device, computing
+STEPS = 50  # the shares are logged after so many steps
 TOLERATED = 0.1  # share of the time that may be spent waiting for data before advice is given
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The time of day of this process."""
+    """The clock of this process."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -40,7 +41,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """Events in the stream of the current CUDA device: a mark is when the device comes to it, and nothing waits."""
+    """Events in the stream of the current CUDA device. A mark is the moment at which the device reaches it."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -48,143 +49,81 @@ class DeviceClock:
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Waits until the device has come to `end`."""
+        """Blocks until the device has reached `end`."""
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
 
 class Throughput:
-    """Seconds of every training step that go into waiting for data, copying it to the device, and computing.
+    """Seconds of every training step that go into each of the PHASES.
 
-    `begin()`, ask for a batch, `lap()`, copy it, `lap()`, compute, `end()`. On a GPU they are the device's seconds: it
-    waits while it has nothing to do and the batch is not there; while it is busy, a host that waits costs nothing.
-    What lies between two steps (reports, evaluation, checkpoints) is not counted; workers that start again with an
-    epoch are, as waiting.
+    `with throughput.phase("data"): ...` and so on, then `end_step()`. On a GPU these are seconds of the device: it
+    waits for data when it has nothing to compute and the batch has not arrived. Time between two steps (reports,
+    evaluation, checkpoints) is not counted. The start of the workers, at the beginning of an epoch, is: as waiting.
 
-    After STEPS steps of this process, over as many epochs as it takes, process 0 logs the shares, once, of the process
-    that waited longest, and above TOLERATED what to change. Steps that the start flatters or burdens are left out: the
-    first, and those whose batches the workers had ready by then, but at most half.
-
-    Attributes:
-        begun: steps so far.
+    After STEPS steps of this process, over as many epochs as that takes, process 0 logs the shares of the process that
+    waited longest, once, and above TOLERATED what to change. Warm-up steps are excluded: the first step, and the steps
+    whose batches the workers had ready by then, but at most half of the steps.
     """
 
     def __init__(
-        self, config: Any, device: torch.device, dataset: VideoDataset | None = None, clock: Clock | None = None
+        self, config: DotMap, device: torch.device, dataset: VideoDataset | None = None, clock: Clock | None = None
     ):
         self._config, self._dataset = config, dataset
-        self._clock = clock or (DeviceClock() if device.type == "cuda" else HostClock())
-        self._marks: list[list[Any]] = []  # of steps whose seconds were not asked for yet
-        self._stretch: list[float] = []  # seconds waited in each step since the last `waited()`
-        self._first: list[list[float]] = []  # waiting, copying, computing of the first STEPS steps
-        self.begun = 0
+        self._clock: Clock = clock or (DeviceClock() if device.type == "cuda" else HostClock())
+        self._marks: dict[str, tuple[Any, Any]] = {}  # of the step that runs now
+        self._unread: list[dict[str, tuple[Any, Any]]] = []  # steps whose seconds nobody has asked the clock for
+        self._waits: list[float] = []  # seconds waited in each step since the last `mean_wait()`
+        self._first: list[dict[str, float]] = []  # seconds of each phase, of the first STEPS steps
+        self._num_steps = 0
 
-    def begin(self) -> None:
-        self.begun += 1
-        self._marks.append([self._clock.mark()])
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The block inside is the phase `name` of the current step."""
+        start = self._clock.mark()
+        yield
+        self._marks[name] = (start, self._clock.mark())
 
-    def lap(self) -> None:
-        self._marks[-1].append(self._clock.mark())
-
-    def end(self) -> None:
-        """All processes together: the report after STEPS steps gathers from them."""
-        self.lap()
-        if self.begun == STEPS:
+    def end_step(self) -> None:
+        """Close a step. All processes must call it together, because the report gathers from them."""
+        self._unread.append(self._marks)
+        self._marks = {}
+        self._num_steps += 1
+        if self._num_steps == STEPS:
             self._read()
             self._report()
 
-    def waited(self) -> float:
-        """Mean seconds a step waited for data since the last call, which must be at least one step ago."""
+    def mean_wait(self) -> float:
+        """Mean seconds that a step waited for data since the last call; at least one step must have ended since."""
         self._read()
-        mean = sum(self._stretch) / len(self._stretch)
-        self._stretch.clear()
+        mean = sum(self._waits) / len(self._waits)
+        self._waits.clear()
         return mean
 
     def _read(self) -> None:
-        for marks in self._marks:
-            seconds = [self._clock.seconds(*pair) for pair in pairwise(marks)]
-            self._stretch.append(seconds[0])
+        for marks in self._unread:
+            seconds = {name: self._clock.seconds(start, end) for name, (start, end) in marks.items()}
+            self._waits.append(seconds["data"])
             if len(self._first) < STEPS:
                 self._first.append(seconds)
-        self._marks.clear()
+        self._unread.clear()
 
     def _report(self) -> None:
         data = self._config.data
-        left_out = min(max(1, data.workers * data.prefetch), STEPS // 2)
-        totals = [sum(part) for part in zip(*self._first[left_out:], strict=True)]
-        own = [total / sum(totals) for total in totals]
+        warm_up = min(max(1, data.workers * data.prefetch), STEPS // 2)
+        totals: dict[str, float] = defaultdict(float)
+        for seconds in self._first[warm_up:]:
+            for name, value in seconds.items():
+                totals[name] += value
+        own = [totals[name] / sum(totals.values()) for name in PHASES]
         (waiting, copying, computing), rank = max(gather([(own, get_rank())]))
+        which = f" (process {rank}, which waited longest)" if get_world_size() > 1 else ""
         log.info(
-            "throughput: steps %d to %d: %.1f %% of the time waiting for data, %.1f %% copying it, %.1f %% computing%s",
-            *(left_out + 1, STEPS, 100 * waiting, 100 * copying, 100 * computing),
-            f" (process {rank}, which waited longest)" if get_world_size() > 1 else "",
+            f"throughput: steps {warm_up + 1} to {STEPS}: {100 * waiting:.1f} % of the time waiting for data, "
+            f"{100 * copying:.1f} % copying it, {100 * computing:.1f} % computing{which}"
         )
         if waiting > TOLERATED and get_rank() == 0:
-            log.info("throughput: the loader holds training up; what to change, the first things first:")
+            log.info("throughput: the loader holds training up; what to change, the most useful first:")
             frame = first_frame_size(self._dataset) if self._dataset else None
             for line in advice(self._config, waiting, usable_cores(), get_local_world_size(), frame):
                 log.info("throughput: - %s", line)
-
-
-def first_frame_size(dataset: VideoDataset) -> tuple[int, int] | None:
-    """(width, height) of the first frame of the first video; None if it cannot be read."""
-    try:
-        (frame,) = dataset.reader.open(dataset.records[0]).read([0])
-    except DataError:
-        return None
-    height, width, _ = np.shape(frame)
-    return width, height
-
-
-def advice(config: Any, waiting: float, cores: int, processes: int, frame: tuple[int, int] | None = None) -> list[str]:
-    """What to change when a step waits for data for a share `waiting` of its time, below 1.
-
-    Args:
-        cores: CPU cores of the machine.
-        processes: training processes that share them.
-        frame: width and height of the frames that the data set holds, if known.
-    """
-    data = config.data
-    share = cores // processes
-    room = max(1, share - 1)  # one core is left to the training process
-    # Where the loader is the limit, its rate grows with the workers; 0 workers do not work while others compute.
-    enough = math.ceil(data.workers / (1 - waiting) if data.workers else waiting / (1 - waiting))
-    place = f"{cores} CPU cores for {processes} process(es) on this machine"
-    if data.workers >= room:
-        lines = [
-            f"data.workers is {data.workers}, and {place} leave room for {room}: more help only against a slow disk, "
-            "and else more cores, or less work for each"
-        ]
-    elif enough <= room:
-        lines = [f"data.workers={enough} instead of {data.workers} should keep up; {place} leave room for {room}"]
-    else:
-        lines = [
-            f"data.workers={room} instead of {data.workers}: as many as {place} leave room for; "
-            f"about {enough} would keep up, so each must have less work too"
-        ]
-    wanted = resize_size(*(frame or (1, 1)), data.resize)
-    if data.modality == "video":
-        lines.append(
-            "data.modality=RGB: video files are decoded in every epoch anew, with frames between those that are used; "
-            f"tools/prepare_data.py extract writes frames once, best with --short_side {min(wanted)}"
-        )
-    elif frame and min(frame) > min(wanted):
-        lines.append(
-            f"frames of {frame[0]} x {frame[1]} pixels are decoded only to become {wanted[0]} x {wanted[1]}: extract "
-            f"them with a shorter side of {min(wanted)} pixels"
-        )
-    if data.workers:
-        clip = data.num_segments * 3 * data.input_size**2
-        megabytes = data.workers * data.prefetch * data.batch_size * data.num_sample * clip / 1e6
-        lines.append(
-            f"data.prefetch={2 * data.prefetch} instead of {data.prefetch} helps where a few videos take far longer "
-            f"than the others, for {math.ceil(megabytes)} MB more in each process"
-        )
-    if data.rand_aug:
-        lines.append("data.rand_aug=False takes work from every clip, but it is another training")
-    if data.num_sample == 1 and data.batch_size > 1:
-        lines.append(
-            f"data.num_sample=2 with data.batch_size={data.batch_size // 2} makes as many clips from half as many "
-            "videos, but it is another training"
-        )
-    return lines

@@ -19,7 +19,7 @@ NAMES = ["fold", "lift", "push", "turn"]
 @pytest.mark.parametrize("there", [NAMES, [" fold", "lift ", "push", "turn\n"]])
 def test_equal_names_leave_the_columns_where_they_are_and_say_nothing(there, caplog):
     caplog.set_level("INFO")
-    assert class_order(NAMES, there, "m.pt") == slice(None) and not caplog.messages
+    assert class_order(NAMES, there, "m.pt") is None and not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_equal_names_leave_the_columns_where_they_are_and_say_nothing(there, cap
 )
 def test_without_names_on_a_side_nothing_is_compared_and_one_line_says_so(here, there, reason, caplog):
     caplog.set_level("INFO")
-    assert class_order(here, there, "m.pt", remap=True) == slice(None)
+    assert class_order(here, there, "m.pt", remap=True) is None
     assert len(caplog.messages) == 1 and f"could not be compared, {reason}" in caplog.messages[0]
 
 

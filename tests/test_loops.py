@@ -1,11 +1,16 @@
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny import pixel_batch, tiny_config, train_steps
 
-from engine.loops import LossMonitor, NonFiniteLossError
+from datasets.batch_augment import BatchAugment
+from engine import loops
+from engine.optim import lr_factor
+from engine.reporter import LossMonitor, NonFiniteLossError
 from modules import build_model
+from modules.side4video import Side4Video
 from modules.side_network import TokenBatchNorm
 from utils.precision import resolve_precision
 
@@ -51,6 +56,62 @@ def test_clip_grad_bounds_the_step(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     train_steps([pixel_batch(1), pixel_batch(2)], 1, clip_grad=1e-3)
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
+def test_the_learning_rate_is_set_before_every_iteration(monkeypatch):
+    """Warm-up over two epochs of three batches: a sixth more with each iteration."""
+    rates = []
+    monkeypatch.setattr(loops, "lr_factor", lambda epoch, solver: rates.append(epoch) or lr_factor(epoch, solver))
+    used, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: (used.append(self.param_groups[0]["lr"]), step(self, *args))[1]
+    )
+    train_steps([pixel_batch(number) for number in range(3)], 1, type="cosine", lr_warmup_step=2)
+    assert rates == pytest.approx([0, 1 / 3, 2 / 3])
+    assert used == pytest.approx([0, 0.01 / 6, 0.02 / 6])
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_batch_augmentation_draws_by_seed_epoch_iteration_and_process(monkeypatch, rank):
+    keys = []
+
+    class Recorder(BatchAugment):
+        def __call__(self, clips, labels, *key):
+            keys.append(key)
+            return super().__call__(clips, labels, *key)
+
+    monkeypatch.setattr(loops, "BatchAugment", Recorder)
+    monkeypatch.setattr(loops, "get_rank", lambda: rank)
+    train_steps([pixel_batch(1)] * 3, 1)
+    assert keys == [(0, 0, iteration, rank) for iteration in range(3)]
+
+
+def test_gradients_are_clipped_at_their_true_size_in_fp16(monkeypatch):
+    """fp16 scales the loss, so the norm that is clipped must be taken after the scale is removed."""
+    norms = {"fp32": [], "fp16": []}
+    for precision, seen in norms.items():
+        clip = torch.nn.utils.clip_grad_norm_
+        monkeypatch.setattr(
+            torch.nn.utils, "clip_grad_norm_", lambda p, most, seen=seen, clip=clip: seen.append(clip(p, most).item())
+        )
+        train_steps([pixel_batch(1)], 1, clip_grad=1e3, precision=precision)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05) and norms["fp32"][0] > 0
+
+
+def test_processes_exchange_gradients_in_the_last_batch_of_an_update_only(monkeypatch):
+    events, forward = [], Side4Video.forward
+
+    @contextmanager
+    def no_sync(self):
+        events.append("alone")
+        yield
+        events.append("end")
+
+    monkeypatch.setattr(Side4Video, "no_sync", no_sync)
+    monkeypatch.setattr(Side4Video, "forward", lambda self, clips: (events.append("forward"), forward(self, clips))[1])
+    train_steps([pixel_batch(number) for number in range(4)], 2)
+    assert events == ["alone", "forward", "end", "forward"] * 2
 
 
 def test_the_monitor_reports_the_mean_since_the_last_report_and_the_first_bad_step():

@@ -13,10 +13,12 @@ from datasets.annotations import read_annotations
 from datasets.readers import FrameFolderReader
 from datasets.video_dataset import VideoDataset
 from engine import throughput as module
+from engine.advice import advice, first_frame_size
 from engine.configuration import default_config, read_config
 from engine.loops import train_one_epoch
 from engine.optim import build_optimizer
-from engine.throughput import STEPS, DeviceClock, HostClock, Throughput, advice, first_frame_size
+from engine.reporter import Reporter
+from engine.throughput import STEPS, DeviceClock, HostClock, Throughput
 from modules import build_model
 from utils.config_schema import FIELDS
 from utils.parallel import usable_cores
@@ -42,16 +44,14 @@ def run(throughput, clock, steps, waiting, copying=0.0, computing=1.0, between=0
     """Steps whose parts take so many seconds, and `between` before each."""
     for _ in range(steps):
         clock.now += between
-        throughput.begin()
-        for part in (waiting, copying):
-            clock.now += part
-            throughput.lap()
-        clock.now += computing
-        throughput.end()
+        for phase, seconds in (("data", waiting), ("copy", copying), ("compute", computing)):
+            with throughput.phase(phase):
+                clock.now += seconds
+        throughput.end_step()
 
 
 def lines_of(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "engine.throughput"]
+    return [record.getMessage() for record in caplog.records if record.name in ("engine.throughput", "engine.advice")]
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +109,9 @@ def test_the_mean_wait_is_that_since_it_was_last_asked_for():
     throughput = Throughput(make_config(), CPU, clock=clock)
     run(throughput, clock, 2, waiting=1)
     run(throughput, clock, 2, waiting=3)
-    assert throughput.waited() == 2
+    assert throughput.mean_wait() == 2
     run(throughput, clock, 60, waiting=5)
-    assert throughput.waited() == 5
+    assert throughput.mean_wait() == 5
 
 
 def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epochs(config, monkeypatch, caplog):
@@ -136,16 +136,16 @@ def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epoch
 
     model.trained.register_forward_hook(work)
     optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
-    throughput = Throughput(config, CPU, clock=clock)
+    reporter = Reporter(config, CPU, clock=clock)
     for epoch in range(3):
         assert lines_of(caplog) == []
-        train_one_epoch(model, loader, optimizer, scaler, precision, epoch, config, throughput)
+        train_one_epoch(model, loader, optimizer, scaler, precision, epoch, config, reporter)
         clock.now += 1000  # validation
     waiting, computing = 49 * 2 + 2 * 4, 49 * 6
     share = 100 * waiting / (waiting + computing)
     assert f"steps 2 to 50: {share:.1f} % of the time waiting for data, 0.0 % copying it" in lines_of(caplog)[0]
     assert len(lines_of(caplog)) == 2 + len(advice(config, share / 100, usable_cores(), 1))
-    printed = [record.getMessage() for record in caplog.records if record.name == "engine.loops"]
+    printed = [record.getMessage() for record in caplog.records if record.name == "engine.reporter"]
     assert len(printed) == 3 and all("of which 2.200 s waiting for data" in line for line in printed)
 
 

@@ -109,7 +109,7 @@ def train_steps(batches, accumulation, network=None, **changes):
     config = default_config(seed=0, network=network, solver=solver, logging={"print_freq": 100})
     torch.manual_seed(0)
     model = build_model(config)
-    optimizer, precision = build_optimizer(model, config), resolve_precision("amp", CPU)
+    optimizer, precision = build_optimizer(model, config), resolve_precision(config.solver.precision, CPU)
     loss = train_one_epoch(model, batches, optimizer, precision.grad_scaler(), precision, 0, config)
     return model, loss
 
