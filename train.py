@@ -6,23 +6,33 @@ python train.py --config CONFIG [--output DIR] [key=value ...]        one device
 
 import argparse
 import logging
+from typing import Any
 
+import torch
 from dotmap import DotMap
 
 from datasets.decoders import describe_decoder
 from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
+from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
 from engine.metrics import topk_accuracy
 from engine.optim import build_optimizer
 from engine.reporter import Reporter
-from engine.run_folder import LOG, prepare_run_folder, save_run
+from engine.run_folder import LOG, FollowedFolder, RunFolder, find_start, open_run_folder
 from engine.summary import describe_run
-from engine.training_state import load_start, percent, restore_training
+from engine.training_state import (
+    Progress,
+    keep_global_batch,
+    load_start,
+    percent,
+    refuse_changes,
+    restore_training,
+)
 from modules import build_model
-from modules.checkpoint import checkpoint_state, holds_tower, model_state, read_checkpoint
+from modules.checkpoint import checkpoint_state, holds_tower, model_state
 from modules.side4video import Side4Video
-from utils.distributed import close_distributed, from_first, gather, get_rank, get_world_size, init_distributed
+from utils.distributed import close_distributed, gather, get_rank, get_world_size, init_distributed
 from utils.errors import ConfigError, run_program
 from utils.logger import setup_logging
 from utils.precision import Precision, resolve_precision
@@ -35,24 +45,46 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="train.py", description="Train a side network beside a frozen tower.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see docs/configuration.md")
     parser.add_argument("--output", metavar="DIR", help="default: exp_onehot/<dataset>/<arch>/<time>")
+    parser.add_argument(
+        "--allow_config_change", action="store_true", help="resume although keys that change numbers have changed"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
-    train(read_config(args.config, args.overrides, purpose="train"), args.output)
+    config = read_config(args.config, args.overrides, purpose="train")
+    train(config, args.output, args.allow_config_change)
     close_distributed()
 
 
-def train(config: DotMap, output: str | None = None) -> float | None:
+def train(config: DotMap, output: str | None = None, allow_config_change: bool = False) -> float | None:
     """Run a whole training. Returns the best validation top-1 in percent, None if nothing was evaluated.
 
     Args:
         config: of `read_config`.
         output: folder for checkpoints, log and the resolved configuration; None chooses one.
+        allow_config_change: resume although keys have changed that change numbers.
     """
     device = init_distributed()
-    folder = from_first(prepare_run_folder(config, output) if get_rank() == 0 else None)
-    setup_logging(folder / LOG)
-    log.info("output: %s", folder)
+    with open_run_folder(config, output) as folder:
+        return train_in(folder, config, device, allow_config_change)
+
+
+def train_in(
+    folder: RunFolder | FollowedFolder, config: DotMap, device: torch.device, allow_config_change: bool
+) -> float | None:
+    """`train` in a folder that this run has locked."""
+    setup_logging(folder.path / LOG)
+    log.info("output: %s", folder.path)
     precision, only_evaluate = resolve_precision(config.solver.precision, device), config.solver.evaluate
+
+    # Where to start. It comes before the data: another number of processes changes the batch.
+    source, start = find_start(config, folder.path)
+    resumed = start is not None and config.resume is not None
+    if resumed and not only_evaluate:
+        config = keep_global_batch(start, source, config, get_world_size())
+        refuse_changes(start, source, config, allow_config_change)
+        if start["epoch"] >= config.solver.epochs:
+            log.info("finished: epoch %d of %d; raise solver.epochs to go on", start["epoch"], config.solver.epochs)
+            return start["best_accuracy"]
 
     # Data. It comes before the model: class names decide whether a checkpoint's head is kept.
     val_loader = build_eval_loader(config, get_rank(), get_world_size())
@@ -60,12 +92,9 @@ def train(config: DotMap, output: str | None = None) -> float | None:
 
     # Model. Seeded here, so that its weights do not depend on anything drawn before.
     seed_everything(config.seed)
-    source = config.resume or config.pretrain
-    start = read_checkpoint(source) if source else None
     model = build_model(config, load_tower=start is None or not holds_tower(start))
     if start is not None:
-        new_head = not config.resume and not only_evaluate
-        load_start(model, start, source, class_names, new_head=new_head, new_size=not config.resume)
+        load_start(model, start, source, class_names, new_head=not resumed and not only_evaluate, new_size=not resumed)
     # Hashes need whole tensors, so they are taken before `place` shards the tower.
     model_part = model_state(model) if get_rank() == 0 and not only_evaluate else {}
     model.place(device, config.network.shard_backbone, config.solver.compile)
@@ -79,39 +108,52 @@ def train(config: DotMap, output: str | None = None) -> float | None:
     check_batch(config, model)
     train_loader = build_train_loader(config, get_rank(), get_world_size())
     optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
+    reporter = Reporter(config, device, train_loader.dataset)
     for line in describe_run(config, model, train_loader, val_loader, precision):
         log.info(line)
-    first_epoch, best = config.solver.start_epoch, None
-    if config.resume:
-        first_epoch, best = restore_training(start, optimizer, scaler, config)
+    progress = Progress(epoch=config.solver.start_epoch)
+    if resumed:
+        progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config)
+        folder.carry_best(source, progress)
+    folder.begin(config)
 
-    # Epochs. Each is seeded by its number, so that a resumed run draws what an unbroken one draws.
-    reporter = Reporter(config, device, train_loader.dataset)
-    for epoch in range(first_epoch, config.solver.epochs):
-        seed_everything(config.seed, epoch, get_rank())
-        train_loader.sampler.set_epoch(epoch)
-        loss = train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config, reporter)
-        report_replaced(train_loader, epoch)
-        model.broadcast_buffers()
+    def state(epoch: int, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        return checkpoint_state(
+            model_part,
+            model.trained.state_dict(),
+            config.toDict(),
+            class_names,
+            epoch=epoch,
+            step=step,
+            progress=reports,
+            world_size=get_world_size(),
+            best_accuracy=progress.best,
+            decoder=describe_decoder(config.data),
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+        )
 
-        accuracy = validate(model, val_loader, precision, config) if is_evaluated(epoch, config) else None
-        is_best = accuracy is not None and (best is None or accuracy > best)
-        best = accuracy if is_best else best
-        log.info("epoch %d done: loss %.4f, best top-1 %s", epoch, loss, percent(best))
-        if get_rank() == 0:
-            state = checkpoint_state(
-                model_part,
-                model.trained.state_dict(),
-                config.toDict(),
-                class_names,
-                epoch=epoch + 1,
-                best_accuracy=best,
-                decoder=describe_decoder(config.data),
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-            )
-            save_run(folder, state, is_best)
-    return best
+    # Epochs.
+    with Saver(folder.path, config, state, reporter, train_loader) as saver:
+        for epoch in range(progress.epoch, config.solver.epochs):
+            first, progress.step = progress.step, 0
+            train_loader.sampler.set_epoch(epoch, first * config.data.batch_size)
+            with saver.epoch(epoch) as after_update:
+                loss = train_one_epoch(
+                    model, train_loader, optimizer, scaler, precision, epoch, config, reporter, first, after_update
+                )
+            report_replaced(train_loader, epoch)
+            model.broadcast_buffers()
+
+            accuracy = None
+            if is_evaluated(epoch, config):
+                saver.save(epoch, len(train_loader))  # a signal stops an evaluation at once
+                accuracy = validate(model, val_loader, precision, config)
+            is_best = accuracy is not None and (progress.best is None or accuracy > progress.best)
+            progress.best = accuracy if is_best else progress.best
+            log.info("epoch %d done: loss %.4f, best top-1 %s", epoch, loss, percent(progress.best))
+            saver.save(epoch + 1, is_best=is_best)
+    return progress.best
 
 
 def check_batch(config: DotMap, model: Side4Video) -> None:

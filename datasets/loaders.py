@@ -17,12 +17,16 @@ from utils.seeding import epoch_order, shot_rng
 
 
 class VideoLoader(DataLoader):
-    """Batches of tensors; `unreadable` lists the videos that this pass could not read: [(index, why in one line)]."""
+    """Batches of tensors; `unreadable` lists the videos that this pass could not read: [(index, why in one line)].
+
+    `carried` goes into that list at the start of the next pass: the part of it that a resumed epoch has behind it.
+    """
 
     unreadable: list[tuple[int, str]]
+    carried: list[tuple[int, str]] = []
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        self.unreadable = []
+        self.unreadable, self.carried = list(self.carried), []
         for batch in super().__iter__():
             self.unreadable += batch.pop("unreadable")
             yield batch
@@ -106,17 +110,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next pass is that of this epoch, without the first `start` videos of this process's share."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = epoch_order(self.seed, self.epoch, self.num_videos)
-        for index in order[self.rank :: self.world_size][: self.share].tolist():
+        for index in order[self.rank :: self.world_size][self.start : self.share].tolist():
             yield self.epoch, index
 
 

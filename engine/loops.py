@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -19,6 +20,7 @@ from modules.side4video import Side4Video
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError
 from utils.precision import Precision
+from utils.seeding import seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,20 @@ def train_one_epoch(
     epoch: int,
     config: DotMap,
     reporter: Reporter | None = None,
+    start: int = 0,
+    after_update: Callable[[int], None] = lambda step: None,
 ) -> float:
     """Train for one epoch and return the mean loss over its last reported stretch.
+
+    Every random draw of an iteration is a function of (seed, epoch, iteration, process), so an epoch that goes on in
+    its middle draws what an unbroken one draws.
 
     Args:
         loader: of `build_train_loader`; its length is a multiple of `solver.grad_accumulation_steps`, so no gradient
             is left over at the end.
         reporter: that of the run; None makes one for this epoch alone.
+        start: iterations of the epoch that are done already; the loader's sampler starts behind their videos.
+        after_update: called after each update of the weights with the number of iterations done.
 
     Raises:
         NonFiniteLossError: at the next report after the step that it names.
@@ -47,10 +56,11 @@ def train_one_epoch(
     mean, std = tuple(data.mean), tuple(data.std)
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
     reporter = reporter or Reporter(config, precision.device)
-    reporter.start_epoch(epoch, len(loader))
+    reporter.start_epoch(epoch, len(loader), start)
     model.train()
     batches = iter(loader)
-    for iteration in range(len(loader)):
+    for iteration in range(start, len(loader)):
+        seed_everything(config.seed, epoch, iteration, get_rank())
         with reporter.phase("data"):
             batch = next(batches)
         with reporter.phase("copy"):
@@ -74,6 +84,8 @@ def train_one_epoch(
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
         reporter.step(iteration, loss, optimizer.param_groups[0]["lr"])
+        if update:
+            after_update(iteration + 1)
     return reporter.mean_loss
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from dotmap import DotMap
@@ -27,8 +28,7 @@ class LossMonitor:
     Both live on the device, so the host waits for the device at a report only, not in every step.
     """
 
-    def __init__(self, epoch: int, device: torch.device):
-        self._epoch = epoch
+    def __init__(self, device: torch.device):
         self._sum = torch.zeros(2, dtype=torch.float64, device=device)  # loss, steps
         self._first_bad = torch.full((), math.inf, dtype=torch.float64, device=device)
 
@@ -38,7 +38,15 @@ class LossMonitor:
         self._sum += torch.stack([loss, torch.ones_like(loss)])
         self._first_bad = torch.where(loss.isfinite(), self._first_bad, self._first_bad.clamp(max=step))
 
-    def report(self) -> float:
+    def state_dict(self) -> dict[str, Any]:
+        """This process's sums; the host waits for the device."""
+        return {"loss_sum": self._sum.tolist(), "first_bad": self._first_bad.item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sum.copy_(torch.tensor(state["loss_sum"], dtype=torch.float64))
+        self._first_bad.fill_(state["first_bad"])
+
+    def report(self, epoch: int) -> float:
         """Mean loss since the last report. Every process must call it at the same step.
 
         Raises:
@@ -47,8 +55,8 @@ class LossMonitor:
         first_bad = all_reduce(self._first_bad, torch.distributed.ReduceOp.MIN).item()
         if first_bad < math.inf:
             raise NonFiniteLossError(
-                f"the loss is not finite at epoch {self._epoch}, iteration {int(first_bad)}; last_model.pt is that of "
-                "the epoch before; try a lower solver.lr, solver.clip_grad, or solver.precision bf16 or fp32"
+                f"the loss is not finite at epoch {epoch}, iteration {int(first_bad)}; last_model.pt is from "
+                "before; try a lower solver.lr, solver.clip_grad, or solver.precision bf16 or fp32"
             )
         total, steps = all_reduce(self._sum).tolist()
         self._sum.zero_()
@@ -77,11 +85,23 @@ class Reporter:
         self._every, self._device = config.logging.print_freq, device
         self._throughput = Throughput(config, device, dataset, clock)
         self.mean_loss = math.nan
+        self._monitor = LossMonitor(device)
 
-    def start_epoch(self, epoch: int, num_iterations: int) -> None:
+    def start_epoch(self, epoch: int, num_iterations: int, step: int = 0) -> None:
+        """An epoch begins, or goes on behind its first `step` iterations with what `load_state_dict` has brought."""
         self._epoch, self._num_iterations = epoch, num_iterations
-        self._monitor = LossMonitor(epoch, self._device)
-        self._started, self._reported = time.perf_counter(), 0
+        self._started, self._counted_from = time.perf_counter(), step
+        if step == 0:
+            self._monitor = LossMonitor(self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has summed since the last report, in plain numbers."""
+        return {**self._monitor.state_dict(), "mean_loss": self.mean_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the sums of `state_dict`."""
+        self.mean_loss = state["mean_loss"]
+        self._monitor.load_state_dict(state)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """The time spent inside counts as this phase of the step."""
@@ -100,11 +120,11 @@ class Reporter:
             self._report(done, learning_rate)
 
     def _report(self, done: int, learning_rate: float) -> None:
-        self.mean_loss = self._monitor.report()
+        self.mean_loss = self._monitor.report(self._epoch)
         now = time.perf_counter()
-        seconds = (now - self._started) / (done - self._reported)
+        seconds = (now - self._started) / (done - self._counted_from)
         log.info(
             f"epoch {self._epoch} [{done}/{self._num_iterations}] loss {self.mean_loss:.4f}, lr {learning_rate:.2e}, "
             f"{seconds:.3f} s a step, of which {self._throughput.mean_wait():.3f} s waiting for data"
         )
-        self._started, self._reported = now, done
+        self._started, self._counted_from = now, done

@@ -1,47 +1,254 @@
-"""The folder of one training run: what is in it, and who may write to it."""
+"""The folder of one training run: what is in it, who may write to it, and where a run goes on.
 
+    config.yaml         the resolved configuration of the training
+    train.log           the log; a resumed run appends to it
+    last_model.pt       the newest checkpoint; last_model_1.pt is the one before, and so on up to `logging.keep` files
+    model_best.pt       the checkpoint of the best validation top-1
+
+The best checkpoint is written before the newest one, so a run that is killed between the two evaluates that epoch again
+and writes the same best checkpoint once more.
+"""
+
+import fcntl
+import logging
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from dotmap import DotMap
 
-from modules.checkpoint import save_checkpoint
+from engine.training_state import Progress, percent
+from modules.checkpoint import read_checkpoint, save_checkpoint
 from utils.atomic import write_atomically
-from utils.errors import ConfigError
+from utils.distributed import from_first, get_rank
+from utils.errors import CheckpointError, ConfigError
 
 LAST, BEST = "last_model.pt", "model_best.pt"
 CONFIG, LOG = "config.yaml", "train.log"
+AUTO = "auto"
+
+log = logging.getLogger(__name__)
 
 
-def prepare_run_folder(config: DotMap, output: str | None) -> Path:
-    """Make the folder and write the resolved configuration into it.
+class RunFolder:
+    """The folder of a run, locked for as long as this object lives. Only process 0 makes one.
 
-    Args:
-        output: the folder; None means exp_onehot/<dataset>/<arch>/<time>.
+    Used as a context manager, it removes what a start that fails has left behind: files that this start has made and
+    folders that are empty. `begin` marks the end of the start.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, config: DotMap, output: str | None):
+        """
+        Args:
+            config: resolved; names the default folder exp_onehot/<dataset>/<arch>/<time>.
+            output: the folder; None takes the default, with a number behind it if another run has it.
+
+        Raises:
+            ConfigError: the folder cannot be made, holds another run, or another run is writing to it.
+        """
+        self._made: list[Path] = []
+        self._begun = False
+        try:
+            self.path = self._make(Path(output)) if output else self._make_default(config)
+            self._lock = _lock(self.path)
+            self._new_log = not (self.path / LOG).exists()
+            self._refuse_another_run(config)
+            for unfinished in (*self.path.glob(f".{LAST[:-3]}*"), *self.path.glob(f".{BEST[:-3]}*")):
+                unfinished.unlink()  # of a run that was killed while it wrote
+        except BaseException:
+            self._remove_empty()
+            raise
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and not self._begun:
+            if self._new_log:
+                (self.path / LOG).unlink(missing_ok=True)
+            self._remove_empty()
+        os.close(self._lock)
+
+    def begin(self, config: DotMap) -> None:
+        """The start is over: write the configuration, and keep the folder from now on."""
+        text = yaml.safe_dump(config.toDict(), sort_keys=False)
+        write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
+        self._begun = True
+
+    def carry_best(self, source: Path, progress: Progress) -> None:
+        """Make `model_best.pt` and `progress.best` agree after a resume from `source`.
+
+        The best model is copied from the folder of `source` if the run goes on in another one. If the file that is
+        there is not the best that the checkpoint speaks of, it is made from `source` where that is the best, or the
+        accuracy that counts from now on is that of the file.
+        """
+        there = source.parent / BEST
+        best = read_checkpoint(there)["best_accuracy"] if there.is_file() else None
+        if progress.best is not None and (best is None or best < progress.best):
+            log.warning(
+                f"resume: the best top-1 of {source} is {percent(progress.best)}, but {there} has "
+                f"{'no model' if best is None else percent(best)}: that model is lost; the best is {percent(best)} now"
+            )
+            progress.best = best
+        from_first(progress.best)
+        if best is not None and there.resolve() != (self.path / BEST).resolve():
+            with open(there, "rb") as file:
+                write_atomically(self.path / BEST, lambda copy: shutil.copyfileobj(file, copy))
+
+    def _make(self, path: Path) -> Path:
+        try:
+            for folder in [*reversed(path.parents), path]:
+                if not folder.exists():
+                    folder.mkdir()
+                    self._made.append(folder)
+            if not path.is_dir():
+                raise NotADirectoryError(f"{path} is a file")
+        except OSError as error:
+            raise ConfigError(f"--output {path}: cannot be made: {error.strerror or error}") from error
+        return path
+
+    def _make_default(self, config: DotMap) -> Path:
+        parent = Path("exp_onehot", config.data.dataset, config.network.arch.replace("/", "-"))
+        self._make(parent)
+        name, number = time.strftime("%Y%m%d_%H%M%S"), 0
+        while True:
+            path = parent / (f"{name}_{number}" if number else name)
+            try:
+                path.mkdir()  # fails for all but one of the runs that start in the same second
+            except FileExistsError:
+                number += 1
+            else:
+                self._made.append(path)
+                return path
+
+    def _refuse_another_run(self, config: DotMap) -> None:
+        goes_on = config.resume == AUTO or (
+            config.resume and Path(config.resume).resolve().parent == self.path.resolve()
+        )
+        if checkpoints(self.path) and not goes_on and not config.solver.evaluate:
+            raise ConfigError(
+                f"--output {self.path}: holds {checkpoints(self.path)[0].name} of another run; choose another folder, "
+                f"or resume=auto"
+            )
+
+    def _remove_empty(self) -> None:
+        for folder in reversed(self._made):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@dataclass(frozen=True)
+class FollowedFolder:
+    """The folder of the run for processes other than 0, which write nothing."""
+
+    path: Path
+
+    def begin(self, config: DotMap) -> None:
+        pass
+
+    def carry_best(self, source: Path, progress: Progress) -> None:
+        progress.best = from_first(None)
+
+
+@contextmanager
+def open_run_folder(config: DotMap, output: str | None) -> Iterator[RunFolder | FollowedFolder]:
+    """The folder of a run, made and locked by process 0, on every process. Arguments and errors as of RunFolder."""
+    if get_rank() == 0:
+        with RunFolder(config, output) as folder:
+            from_first(folder.path)
+            yield folder
+    else:
+        yield FollowedFolder(from_first(None))
+
+
+def find_start(config: DotMap, folder: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """File and content of the checkpoint that a run starts from, on every process; (None, None) for a new training.
 
     Raises:
-        ConfigError: the folder holds the checkpoint of another run.
+        CheckpointError: it cannot be read.
     """
-    architecture = config.network.arch.replace("/", "-")
-    default = Path("exp_onehot", config.data.dataset, architecture, time.strftime("%Y%m%d_%H%M%S"))
-    folder = Path(output) if output else default
-    goes_on = config.resume and Path(config.resume).resolve().parent == folder.resolve()
-    if (folder / LAST).exists() and not goes_on:
-        raise ConfigError(
-            f"--output {folder}: holds {LAST} of another run; choose another folder, or resume={folder / LAST}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.toDict(), sort_keys=False)
-    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
-    return folder
+    if config.resume == AUTO:
+        found = newest_intact(folder) if get_rank() == 0 else None
+        source = from_first(found and found[0])
+        log.info("resume=auto: %s", source or f"no checkpoint in {folder}; the training starts from the beginning")
+        if found:
+            return found
+    else:
+        source = config.resume or config.pretrain
+    return (None, None) if source is None else (Path(source), read_checkpoint(source))
 
 
-def save_run(folder: Path, state: dict[str, Any], is_best: bool) -> None:
-    """Write the last checkpoint, and the best one too if this is it."""
-    save_checkpoint(folder / LAST, state)
+def _lock(folder: Path) -> int:
+    """Lock the folder itself until the returned file is closed, or this process ends in whatever way."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ConfigError(f"--output {folder}: another run is writing to it; choose another folder") from error
+    return handle
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The files of the newest checkpoints in a folder, the newest first."""
+    stem, suffix = LAST.split(".")
+    numbered = {}
+    for path in folder.glob(f"{stem}*.{suffix}"):
+        number = path.name.removeprefix(stem).removesuffix(f".{suffix}").removeprefix("_")
+        if number.isdigit() or path.name == LAST:
+            numbered[int(number or 0)] = path
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """File and content of the newest checkpoint that can be read; None if the folder has none at all.
+
+    A damaged file is named in the log, and the one before it is tried.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them can be read.
+    """
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            return path, read_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("resume: %s; the checkpoint before it is used", error.line)
+    if found:
+        raise CheckpointError(f"{found[0]}: damaged, and no older checkpoint in the folder can be read")
+    return None
+
+
+def save_best_and_last(folder: Path, state: dict[str, Any], is_best: bool, keep: int) -> None:
+    """Write a checkpoint as the newest one, and before that as the best one if it is that.
+
+    Args:
+        keep: number of newest checkpoints that stay.
+    """
     if is_best:
-        with open(folder / LAST, "rb") as last:
-            write_atomically(folder / BEST, lambda file: shutil.copyfileobj(last, file))
+        save_checkpoint(folder / BEST, state)
+    stem, suffix = LAST.split(".")
+    names = [folder / LAST, *(folder / f"{stem}_{number}.{suffix}" for number in range(1, keep))]
+    for newer, older in reversed(list(zip(names, names[1:], strict=False))):
+        if newer.exists():  # a link, so that a run killed here still has its newest checkpoint under its name
+            spare = older.with_name(f".{older.name}.link")
+            spare.unlink(missing_ok=True)
+            os.link(newer, spare)
+            os.replace(spare, older)
+    if is_best:
+        with open(folder / BEST, "rb") as best:
+            write_atomically(folder / LAST, lambda file: shutil.copyfileobj(best, file))
+    else:
+        save_checkpoint(folder / LAST, state)
+    for path in checkpoints(folder):
+        if path not in names:
+            path.unlink()

@@ -4,19 +4,39 @@
 """
 
 import logging
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from dotmap import DotMap
 
+from datasets.loaders import VideoLoader
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
+from engine.reporter import Reporter
 from modules.checkpoint import is_official, load_model_state
 from modules.side4video import Side4Video
-from utils.errors import CheckpointError
+from utils.distributed import get_rank, get_world_size
+from utils.errors import CheckpointError, ConfigError
 
-NOT_COMPARED = ("resume", "pretrain")  # keys that say where a run starts, not how it trains
+# Keys that may differ between a run and its resumption without changing a weight: where things lie, how fast they are
+# read, what is reported. `solver.epochs` is among them because a longer training is what it is raised for.
+NEUTRAL_KEYS = {
+    *("resume", "pretrain", "solver.epochs", "solver.start_epoch", "solver.evaluate"),
+    *("data.workers", "data.prefetch", "data.train_root", "data.train_list", "data.val_root", "data.val_list"),
+    *("data.label_list", "data.image_tmpl", "data.index_base", "data.on_error", "network.weights"),
+    *("network.shard_backbone", "test.view_batch", "test.remap_labels"),
+    *("logging.print_freq", "logging.eval_freq", "logging.skip_epoch", "logging.save_minutes", "logging.keep"),
+}
+
+EMPTY_REPORT: dict[str, Any] = {
+    "loss_sum": [0.0, 0.0],
+    "first_bad": math.inf,
+    "mean_loss": math.nan,
+    "unreadable": [],
+}
 
 log = logging.getLogger(__name__)
 
@@ -49,30 +69,124 @@ def load_start(
         class_order(class_names, checkpoint.get("class_names"), source)
 
 
+@dataclass
+class Progress:
+    """How far a training has come.
+
+    epoch: epochs finished
+    step: iterations of the next epoch that are done too
+    best: best validation top-1 in percent, None before the first
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+
+
+def refuse_changes(checkpoint: dict[str, Any], source: str | Path, config: DotMap, allow: bool) -> None:
+    """Log every key whose value has changed since the checkpoint was written.
+
+    Raises:
+        ConfigError: a changed key changes numbers, and `allow` is not set.
+    """
+    changed = changed_values(checkpoint["config"], config.toDict())
+    for key, old, new in changed:
+        log.warning("resume: %s was %s and is %s now", key, old, new)
+    serious = [f"{key} was {old} and is {new} now" for key, old, new in changed if key not in NEUTRAL_KEYS]
+    if serious and not allow:
+        raise ConfigError(
+            f"resume: {source}: {'; '.join(serious)}: the run would not be the same any more; take the old values, or "
+            "add --allow_config_change"
+        )
+
+
+def keep_global_batch(checkpoint: dict[str, Any], source: str | Path, config: DotMap, world_size: int) -> DotMap:
+    """The configuration with batch and accumulation for another number of processes, so that each update sees the
+    same videos.
+
+    The videos of a process's batch stay if they can, as BatchNorm takes its statistics over them.
+
+    Raises:
+        ConfigError: no batch and accumulation give the global batch of the checkpoint.
+    """
+    old = checkpoint["config"]
+    old_world = checkpoint.get("world_size", world_size)
+    batch, accumulation = old["data"]["batch_size"], old["solver"]["grad_accumulation_steps"]
+    if old_world == world_size:
+        return config
+    total = old_world * batch * accumulation
+    fitting = [size for size in range(batch, 0, -1) if total % (world_size * size) == 0]
+    text = f"{batch} videos x {old_world} process(es) x {accumulation} accumulated = {total}"
+    if not fitting:
+        raise ConfigError(
+            f"resume: {source}: an update saw {text} videos, which {world_size} processes cannot share evenly; use a "
+            "number of processes that divides it"
+        )
+    plain = config.toDict()
+    plain["data"]["batch_size"], plain["solver"]["grad_accumulation_steps"] = (
+        fitting[0],
+        total // (world_size * fitting[0]),
+    )
+    log.warning(
+        f"resume: {text} before; now {fitting[0]} videos x {world_size} process(es) x "
+        f"{plain['solver']['grad_accumulation_steps']} accumulated = {total}"
+    )
+    return DotMap(plain, _dynamic=False)
+
+
 def restore_training(
     checkpoint: dict[str, Any],
+    source: str | Path,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    reporter: Reporter,
+    loader: VideoLoader,
     config: DotMap,
-) -> tuple[int, float | None]:
-    """Restore optimizer and scaler from the checkpoint of `resume`. Returns (next epoch, best top-1 in percent so far).
+) -> Progress:
+    """Restore optimizer, scaler, and what reporter and loader have to say of the epoch so far.
 
-    Learning rates and weight decay stay those of `config`. Every key whose value has changed is logged.
+    Learning rates and weight decay stay those of `config`.
 
     Raises:
         CheckpointError: the file has no state of an optimizer.
     """
     if "optimizer" not in checkpoint:
         kind = "released" if is_official(checkpoint) else "converted"
-        raise CheckpointError(f"{config.resume}: a {kind} checkpoint can only be started from, by pretrain")
-    for key, old, new in changed_values(checkpoint["config"], config.toDict()):
-        log.warning("resume: %s was %s and is %s now", key, old, new)
+        raise CheckpointError(f"{source}: a {kind} checkpoint can only be started from, by pretrain")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
     scaler.load_state_dict(checkpoint["scaler"])
-    epoch, best = checkpoint["epoch"], checkpoint["best_accuracy"]
-    log.info("resume: epoch %d, best top-1 so far %s", epoch, percent(best))
-    return epoch, best
+    old_accumulation = checkpoint["config"]["solver"]["grad_accumulation_steps"]
+    updates = checkpoint.get("step", 0) // old_accumulation
+    progress = Progress(
+        epoch=checkpoint["epoch"],
+        step=updates * config.solver.grad_accumulation_steps,
+        best=checkpoint["best_accuracy"],
+    )
+    if progress.step:
+        states = checkpoint["progress"]
+        if len(states) == get_world_size():
+            own = states[get_rank()]
+        else:  # the sums of all processes are added at the next report, so process 0 may hold them all
+            own = merged(states) if get_rank() == 0 else EMPTY_REPORT
+        reporter.load_state_dict(own)
+        loader.carried = [tuple(video) for video in own["unreadable"]]
+    log.info(
+        "resume: %s: epoch %d, step %d, best top-1 so far %s",
+        source,
+        progress.epoch,
+        progress.step,
+        percent(progress.best),
+    )
+    return progress
+
+
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums of several processes in one."""
+    sums = [sum(column) for column in zip(*(state["loss_sum"] for state in states), strict=True)]
+    unreadable = [video for state in states for video in state["unreadable"]]
+    first_bad = min(state["first_bad"] for state in states)
+    return {**states[0], "loss_sum": sums, "first_bad": first_bad, "unreadable": unreadable}
 
 
 def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -85,7 +199,7 @@ def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
         name, a, b = prefix + key, old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changed_values(a, b, f"{name}.")
-        elif a != b and name not in NOT_COMPARED and not (name in DERIVED_KEYS and a in (None, "auto")):
+        elif a != b and name not in ("resume", "pretrain") and not (name in DERIVED_KEYS and a in (None, "auto")):
             found.append((name, a, b))
     return found
 

@@ -10,6 +10,9 @@ A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
     tower_sha256_but_positions  the same without the position table, checked at another input size
     optimizer, scaler state dicts
     epoch             epochs finished
+    step              batches of the next epoch that are done too, a multiple of solver.grad_accumulation_steps
+    progress          what the reports of that epoch have to go on with, by process (engine/reporter.py)
+    world_size        number of processes
     best_accuracy     best validation top-1 in percent so far, None before the first (-1.0 in older files)
     config            the resolved configuration
     class_names       list, or None
@@ -72,6 +75,9 @@ def checkpoint_state(
     class_names: list[str] | None,
     *,
     epoch: int = 0,
+    step: int = 0,
+    progress: list[dict[str, Any]] | None = None,
+    world_size: int = 1,
     best_accuracy: float | None = None,
     decoder: str | None = None,
     optimizer: dict[str, Any] | None = None,
@@ -89,6 +95,9 @@ def checkpoint_state(
         **model_part,
         "trained": trained,
         "epoch": epoch,
+        "step": step,
+        "progress": progress or [],
+        "world_size": world_size,
         "best_accuracy": best_accuracy,
         "config": config,
         "class_names": class_names,

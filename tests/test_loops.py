@@ -115,16 +115,16 @@ def test_processes_exchange_gradients_in_the_last_batch_of_an_update_only(monkey
 
 
 def test_the_monitor_reports_the_mean_since_the_last_report_and_the_first_bad_step():
-    monitor = LossMonitor(3, CPU)
+    monitor = LossMonitor(CPU)
     for step, loss in enumerate([1.0, 2.0, 6.0]):
         monitor.update(torch.tensor(loss), step)
-    assert monitor.report() == 3.0
+    assert monitor.report(3) == 3.0
     monitor.update(torch.tensor(5.0), 3)
-    assert monitor.report() == 5.0
+    assert monitor.report(3) == 5.0
     for step, loss in enumerate([1.0, math.inf, 2.0, math.nan], 4):
         monitor.update(torch.tensor(loss), step)
     with pytest.raises(NonFiniteLossError, match="epoch 3, iteration 5"):
-        monitor.report()
+        monitor.report(3)
 
 
 def test_amp_is_float32_on_a_cpu_and_only_fp16_scales():

@@ -15,6 +15,7 @@ from dotmap import DotMap
 from utils.config_schema import ANY, FIELDS, LEGACY, REQUIRED, SECTIONS
 from utils.errors import ConfigError, run_program
 
+NO_FILES = (("network.weights", "hub"), ("resume", "auto"))  # values of file keys that name no file
 COMMAND_LINE = "command line"
 USAGE = "usage: python -m utils.config train|test CONFIG [key=value ...]"
 Fail = Callable[[str, str], NoReturn]
@@ -227,7 +228,7 @@ def _check_paths(values: dict[str, object], purpose: str, fail: Fail) -> None:
         exists = os.path.isdir if field.kind == "folder" else os.path.isfile
         if value is None and key in needed:
             fail(key, f"missing, and this run needs it: {field.doc}")
-        if value is not None and (key, value) != ("network.weights", "hub") and not exists(value):
+        if value is not None and (key, value) not in NO_FILES and not exists(value):
             fail(key, f"no such {field.kind}: {os.path.abspath(value)}")
 
 

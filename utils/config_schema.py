@@ -87,17 +87,18 @@ class Field:
     default: object
     doc: str
     rule: Rule | None = None
+    optional: bool = False  # None is a value, though not the default
 
     @property
     def must(self) -> str:
         """What a value must be, in words."""
         limits = [self.rule.text] if self.rule else []
-        return ", ".join([KINDS[self.kind], *limits, *(["or None"] if self.default is None else [])])
+        return ", ".join([KINDS[self.kind], *limits, *(["or None"] if self.default is None or self.optional else [])])
 
     def read(self, value: object) -> object:
         """A value as YAML gives it, in this field's type, lists and dicts copied; ValueError says what is wrong."""
         value = None if value == "None" else value
-        if value is None and self.default is None:
+        if value is None and (self.default is None or self.optional):
             return None
         try:
             result = _convert(self.kind, value)
@@ -153,7 +154,12 @@ def free_value(value: object) -> object:
 
 FIELDS = {
     "base": Field("file", None, "A configuration, relative to this one, whose values hold where this one gives none."),
-    "resume": Field("file", None, "Checkpoint of a run to go on with, exactly where it stopped."),
+    "resume": Field(
+        "file",
+        None,
+        "Checkpoint of a run to go on with, exactly where it stopped; `auto` takes the newest intact one of "
+        "`--output`, and starts from the beginning if there is none.",
+    ),
     "pretrain": Field(
         "file", None, "Checkpoint, ours or a released one, to start from; other classes take a new head."
     ),
@@ -305,6 +311,14 @@ FIELDS = {
         "bool", False, "Accept a checkpoint with the classes of `data.label_list` in another order; scores follow it."
     ),
     # logging
+    "logging.save_minutes": Field(
+        "float",
+        10.0,
+        "Minutes from one checkpoint inside an epoch to the next; None saves at the end of an epoch only.",
+        _ABOVE_0,
+        optional=True,
+    ),
+    "logging.keep": Field("int", 2, "Number of newest checkpoints that stay in the folder of a run.", _at_least(1)),
     "logging.print_freq": Field("int", 10, "Iterations from one printed line to the next.", _at_least(1)),
     "logging.eval_freq": Field("int", 1, "Epochs from one evaluation to the next.", _at_least(1)),
     "logging.skip_epoch": Field("list of int", [], "Epochs, from 0, that are saved but not evaluated.", _EPOCHS),

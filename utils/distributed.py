@@ -62,6 +62,34 @@ def average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future
     return allreduce_hook(None, bucket)
 
 
+class Agreement:
+    """A number that all processes agree on, one call later, without holding up the device.
+
+    The numbers travel on the CPU beside the computation, in a process group of their own.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def largest(self, wish: int) -> int:
+        """The largest wish of all processes in their call before this one; in a single process, this wish.
+
+        All processes must call it equally often.
+        """
+        if self._group is None:
+            return wish
+        decided = 0
+        if self._pending is not None:
+            work, wishes = self._pending
+            work.wait()
+            decided = int(wishes)
+        wishes = torch.tensor(wish)
+        work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, wishes)
+        return decided
+
+
 def gather(values: list) -> list:
     """The lists of all processes as one, process by process, on every process."""
     lists = [values]

@@ -3,6 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from utils.signals import Stopped, StopSignals
 
 
 class UserError(Exception):
@@ -37,10 +40,17 @@ def run_program(main: Callable[[list[str]], object]) -> None:
     report that torch.distributed.run prints about a failed process.
     """
     try:
-        main(sys.argv[1:])
+        with StopSignals():
+            main(sys.argv[1:])
     except UserError as error:
-        sys.stderr.write(f"error: {error.line}\n")
-        if path := os.environ.get("SIDE4VIDEO_ERROR_FILE"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"error: {error.line}\n")
-        sys.exit(1)
+        _end(f"error: {error.line}", 1)
+    except Stopped as stopped:
+        _end(stopped.line, stopped.status)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    sys.stderr.write(f"{line}\n")
+    if path := os.environ.get("SIDE4VIDEO_ERROR_FILE"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    sys.exit(status)

@@ -1,0 +1,166 @@
+"""Saving a training while it runs: when, by whom, and without holding up the steps."""
+
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from dotmap import DotMap
+
+from datasets.loaders import VideoLoader
+from engine.reporter import Reporter
+from engine.run_folder import LAST, save_best_and_last
+from utils.distributed import Agreement, gather, get_rank
+from utils.errors import UserError
+from utils.signals import Stopped, StopSignals
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread of its own; one at a time.
+
+    A write that fails because of the disk is logged, and the next one is the retry: the run goes on.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder, self._keep = folder, keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, state: dict[str, Any], is_best: bool) -> None:
+        """Copy the tensors that change, and write them in the background. Waits for the write before this one."""
+        self.wait()
+        copied = {**state, **{part: to_cpu_copy(state[part]) for part in ("trained", "optimizer", "scaler")}}
+        self._thread = threading.Thread(target=self._write, args=(copied, is_best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. An error that is not the disk's is raised here."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None and not isinstance(self._error, OSError):
+            raise self._error
+
+    def close(self) -> None:
+        """Wait, and raise the error of the last write, if it failed.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
+        self.wait()
+        if self._error is not None:
+            raise UserError(f"{self._folder}: the last checkpoint could not be written: {_reason(self._error)}")
+
+    def _write(self, state: dict[str, Any], is_best: bool) -> None:
+        try:
+            save_best_and_last(self._folder, state, is_best, self._keep)
+            self._error = None
+        except OSError as error:
+            self._error = error
+            log.error(
+                "CHECKPOINT NOT WRITTEN: %s: %s; the run goes on and tries again at the next save; make room there",
+                self._folder,
+                _reason(error),
+            )
+        except BaseException as error:
+            self._error = error
+
+
+class Saver:
+    """Decides when a training is saved, and stops it where a signal asks for that.
+
+    Checkpoints are written at the end of an epoch, before an evaluation, every `logging.save_minutes` after an update,
+    and after the update that runs when a signal arrives; Stopped is raised behind that one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: DotMap,
+        state: Callable[[int, int, list[dict[str, Any]]], dict[str, Any]],
+        reporter: Reporter,
+        loader: VideoLoader,
+    ):
+        """
+        Args:
+            folder: that of the run.
+            state: makes the checkpoint of (epochs finished, iterations done of the next one, reports by process).
+            reporter: whose sums go into a checkpoint inside an epoch.
+            loader: of the training, whose list of unreadable videos goes there too.
+        """
+        minutes = config.logging.save_minutes
+        self._folder, self._seconds = folder, None if minutes is None else 60 * minutes
+        self._state, self._reporter, self._loader = state, reporter, loader
+        self._writer = BackgroundWriter(folder, config.logging.keep)
+        self._agreement, self._signals = Agreement(), StopSignals()
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> "Saver":
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._signals.__exit__()
+        if kind is None or issubclass(kind, Stopped):
+            self._writer.close()
+        else:
+            self._writer.wait()
+
+    @contextmanager
+    def epoch(self, epoch: int) -> Iterator[Callable[[int], None]]:
+        """The training part of an epoch. Gives what `train_one_epoch` calls after each update."""
+
+        def after_update(step: int) -> None:
+            self._act(self._agreement.largest(self._wish()), epoch, step)
+
+        with self._signals.deferred():
+            yield after_update
+            self._agreement.largest(self._wish())
+            # This epoch's last update is behind us: what all processes wish now is known at once.
+            self._act(self._agreement.largest(0), epoch, len(self._loader))
+
+    def save(self, epoch: int, step: int = 0, is_best: bool = False) -> None:
+        """Write a checkpoint in the background. All processes must call it together."""
+        reports = [{**self._reporter.state_dict(), "unreadable": self._loader.unreadable}] if step else []
+        reports = gather(reports)
+        if get_rank() == 0:
+            self._writer.write(self._state(epoch, step, reports), is_best)
+        self._saved = time.monotonic()
+
+    def _wish(self) -> int:
+        """0 for nothing, 1 for a checkpoint, 1 + the signal's number for a checkpoint and the end."""
+        if self._signals.received is not None:
+            return 1 + self._signals.received
+        due = get_rank() == 0 and self._seconds is not None and time.monotonic() - self._saved >= self._seconds
+        return int(due)
+
+    def _act(self, decided: int, epoch: int, step: int) -> None:
+        if decided:
+            self.save(epoch, step)
+        if decided > 1:
+            if get_rank() == 0:
+                self._writer.close()
+            self._signals.received = None
+            raise Stopped(decided - 1, f"epoch {epoch}, step {step} are in {self._folder / LAST}; resume=auto goes on")
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def to_cpu_copy(value: Any) -> Any:
+    """A copy on the CPU of nested dictionaries and lists of tensors, which later steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_cpu_copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_cpu_copy(item) for item in value]
+    return copy.copy(value)
