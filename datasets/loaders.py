@@ -27,6 +27,9 @@ class VideoLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.unreadable, self.carried = list(self.carried), []
+        return self._batches()
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         for batch in super().__iter__():
             self.unreadable += batch.pop("unreadable")
             yield batch

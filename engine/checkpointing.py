@@ -14,7 +14,7 @@ from dotmap import DotMap
 
 from datasets.loaders import VideoLoader
 from engine.reporter import Reporter
-from engine.run_folder import LAST, save_best_and_last
+from engine.run_folder import LAST, save_best, save_last
 from utils.distributed import Agreement, gather, get_rank
 from utils.errors import UserError
 from utils.signals import Stopped, StopSignals
@@ -25,13 +25,15 @@ log = logging.getLogger(__name__)
 class BackgroundWriter:
     """Writes checkpoints in a thread of its own; one at a time.
 
-    A write that fails because of the disk is logged, and the next one is the retry: the run goes on.
+    A write that fails because of the disk is logged, and the run goes on: the next write is the retry. A best checkpoint
+    that could not be written is kept in memory until then.
     """
 
     def __init__(self, folder: Path, keep: int):
         self._folder, self._keep = folder, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._unwritten_best: dict[str, Any] | None = None
 
     def write(self, state: dict[str, Any], is_best: bool) -> None:
         """Copy the tensors that change, and write them in the background. Waits for the write before this one."""
@@ -60,7 +62,12 @@ class BackgroundWriter:
 
     def _write(self, state: dict[str, Any], is_best: bool) -> None:
         try:
-            save_best_and_last(self._folder, state, is_best, self._keep)
+            if is_best:
+                self._unwritten_best = state
+            if self._unwritten_best is not None:
+                save_best(self._folder, self._unwritten_best)
+                self._unwritten_best = None
+            save_last(self._folder, state, self._keep)
             self._error = None
         except OSError as error:
             self._error = error

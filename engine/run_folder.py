@@ -228,14 +228,13 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def save_best_and_last(folder: Path, state: dict[str, Any], is_best: bool, keep: int) -> None:
-    """Write a checkpoint as the newest one, and before that as the best one if it is that.
+def save_best(folder: Path, state: dict[str, Any]) -> None:
+    """Write the best checkpoint. Call it before `save_last` of the same state."""
+    save_checkpoint(folder / BEST, state)
 
-    Args:
-        keep: number of newest checkpoints that stay.
-    """
-    if is_best:
-        save_checkpoint(folder / BEST, state)
+
+def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:
+    """Write the newest checkpoint; of those before it, `keep` - 1 stay."""
     stem, suffix = LAST.split(".")
     names = [folder / LAST, *(folder / f"{stem}_{number}.{suffix}" for number in range(1, keep))]
     for newer, older in reversed(list(zip(names, names[1:], strict=False))):
@@ -244,11 +243,7 @@ def save_best_and_last(folder: Path, state: dict[str, Any], is_best: bool, keep:
             spare.unlink(missing_ok=True)
             os.link(newer, spare)
             os.replace(spare, older)
-    if is_best:
-        with open(folder / BEST, "rb") as best:
-            write_atomically(folder / LAST, lambda file: shutil.copyfileobj(best, file))
-    else:
-        save_checkpoint(folder / LAST, state)
+    save_checkpoint(folder / LAST, state)
     for path in checkpoints(folder):
         if path not in names:
             path.unlink()
