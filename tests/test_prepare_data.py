@@ -15,7 +15,8 @@ from tiny import smooth_pictures, write_video
 
 from datasets.annotations import VideoRecord, read_annotations, read_class_names
 from datasets.readers import FrameFolderReader, VideoFileReader
-from tools import prepare_data
+from tools import extract_frames
+from tools.find_videos import frame_folders
 from tools.prepare_data import main
 from utils.errors import DataError, UserError
 
@@ -66,7 +67,7 @@ def test_frames_have_the_pixels_that_the_reader_gives(videos, tmp_path):
     """Before JPEG, and where nothing is resized: the folders show what the video files show."""
     record = VideoRecord("a/one.mp4", None, 0, "list:1")
     read = VideoFileReader(str(videos), "pyav").open(record).read([0, 1, 2, 3])
-    for frame, pixels in zip(read, prepare_data.upright_frames(videos / "a" / "one.mp4", 256), strict=True):
+    for frame, pixels in zip(read, extract_frames.upright_frames(videos / "a" / "one.mp4", 256), strict=True):
         assert np.array_equal(np.asarray(frame), pixels)
 
 
@@ -200,7 +201,7 @@ def test_a_video_that_breaks_in_the_middle_leaves_no_folder(tmp_path):
 
 def test_an_interrupted_run_leaves_whole_folders_only_and_the_next_one_goes_on(videos, tmp_path, monkeypatch):
     extract(videos, tmp_path / "unbroken")
-    frames = prepare_data.upright_frames
+    frames = extract_frames.upright_frames
 
     def interrupted_frames(path, short_side):
         for number, pixels in enumerate(frames(path, short_side)):
@@ -208,7 +209,7 @@ def test_an_interrupted_run_leaves_whole_folders_only_and_the_next_one_goes_on(v
                 raise KeyboardInterrupt
             yield pixels
 
-    monkeypatch.setattr(prepare_data, "upright_frames", interrupted_frames)
+    monkeypatch.setattr(extract_frames, "upright_frames", interrupted_frames)
     with pytest.raises(UserError, match="interrupted; what is complete stays"):
         extract(videos, tmp_path / "out")
     done, unbroken = contents(tmp_path / "out"), contents(tmp_path / "unbroken")
@@ -223,10 +224,10 @@ def test_what_a_killed_process_leaves_does_not_look_finished(videos, tmp_path, c
     out = tmp_path / "out"
     extract(videos, out)
     whole = contents(out)
-    half = prepare_data.unfinished(out / "six")
+    half = extract_frames.unfinished(out / "six")
     (out / "six").rename(half)
     (half / "img_00009.jpg").write_bytes(b"")
-    listed = {found.path for found in prepare_data.frame_folders(out, "img_{:05d}.jpg")}
+    listed = {found.path for found in frame_folders(out, "img_{:05d}.jpg")}
     assert listed == {"a/one", "a/two words", "b/c/three", "b/four", "five"}
     extract(videos, out)
     assert contents(out) == whole
@@ -234,11 +235,11 @@ def test_what_a_killed_process_leaves_does_not_look_finished(videos, tmp_path, c
 
 def test_a_video_that_is_done_is_left_alone(videos, tmp_path):
     """A process may end between its last step and its answer, and then the video is handed out again."""
-    job = prepare_data.Job(videos / "a" / "one.mp4", tmp_path / "one")
-    settings = prepare_data.Extraction(str(videos), 256, 90, "img_{:05d}.jpg")
-    assert prepare_data.extract_video(job, settings) is None
+    job = extract_frames.Job(videos / "a" / "one.mp4", tmp_path / "one")
+    settings = extract_frames.Extraction(str(videos), 256, 90, "img_{:05d}.jpg")
+    assert extract_frames.extract_video(job, settings) is None
     first = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
-    assert prepare_data.extract_video(job, settings) is None
+    assert extract_frames.extract_video(job, settings) is None
     assert {path: path.stat().st_mtime_ns for path in job.folder.iterdir()} == first
 
 
