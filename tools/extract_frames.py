@@ -64,9 +64,10 @@ def named_videos(videos: Path, root: Path | None) -> tuple[Path, list[str]]:
         if not paths:
             raise DataError(f"{videos}: no videos in it (files named {', '.join(VIDEO_SUFFIXES)})")
         return videos, paths
-    lines = [(source, line) for source, line in numbered_lines(str(videos)) if line]
     listed = []
-    for source, line in lines:
+    for source, line in numbered_lines(str(videos)):
+        if not line:
+            continue
         path = split_line(source, line, "video")[0]
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise DataError(f"{source}: {path}: must lie below the root; give --root and paths relative to it")

@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("videos", metavar="VIDEOS", type=Path, help="folder of videos, or list of lines 'path label'")
     command.add_argument("out", metavar="OUT", type=Path, help="folder in which each video gets a folder of frames")
     command.add_argument("--root", type=Path, help="folder that a list's paths are relative to (default: the list's)")
-    command.add_argument("--short_side", type=int, default=256, help="larger frames are resized to this shorter side, in pixels")
+    command.add_argument("--short_side", type=int, default=256, help="shorter side of larger frames, in pixels")
     command.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 95")
     _add_template(command)
     command.add_argument("--workers", type=int, default=usable_cores(), help="number of processes; 0 starts none")
