@@ -164,6 +164,13 @@ def test_the_same_content_under_another_name_is_a_warning(frames):
     assert message == f"copy: has the same content as val 1, at {frames.lists['val']}:2"
 
 
+def test_folders_with_findings_are_not_compared(frames):
+    shutil.copytree(frames.media / "val 1", frames.media / "copy")
+    frames.lines["train"].append(f"copy {FRAMES - 1} 1")
+    frames.lines["val"][1] = f"val 1 {FRAMES - 1} 1"  # both count fewer frames than there are
+    assert [finding["kind"] for finding in frames.check()[1]] == ["count", "count"]
+
+
 def test_a_list_without_labels_is_a_warning_in_validation(frames):
     frames.lines["val"] = [line[:-1] + "-1" for line in frames.lines["val"]]
     assert "no line has a label" in frames.only_finding("val", None, "warning", "list")

@@ -72,7 +72,7 @@ def without_suffix(path: str, modality: str) -> str:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source says.
+    """The annotations of a source.
 
     parts: the videos of "train", of "val" or of both
     classes: class names in label order
