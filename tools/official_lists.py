@@ -34,7 +34,7 @@ class Annotation:
 
 def read_kinetics(path: Path) -> list[Annotation]:
     """A csv file with columns label, youtube_id, time_start, time_end, and others. Names are <id>_<start>_<end>."""
-    rows = csv.reader(line for _, line in numbered_lines(path))
+    rows = csv.reader(line for _, line in numbered_lines(str(path)))
     header = next(rows, [])
     if missing := [name for name in KINETICS_COLUMNS if name not in header]:
         raise DataError(f"{path}:1: the header must name {', '.join(KINETICS_COLUMNS)}, but {missing[0]} is missing")
@@ -110,7 +110,7 @@ def read_ucf101(path: Path, classes: list[str]) -> list[Annotation]:
 
 def read_ucf101_classes(path: Path) -> list[str]:
     """Lines `1 Class`, numbered from 1 in order."""
-    names = []
+    names: list[str] = []
     for source, line in _lines(path):
         number, _, name = line.partition(" ")
         if number != str(len(names) + 1) or not name:
@@ -141,12 +141,12 @@ def read_hmdb51(folder: Path, split: int) -> dict[str, list[Annotation]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    return ((source, line) for source, line in numbered_lines(path) if line)
+    return ((source, line) for source, line in numbered_lines(str(path)) if line)
 
 
 def _json(path: Path, kind: type) -> Any:
     try:
-        content = json.loads("\n".join(line for _, line in numbered_lines(path)))
+        content = json.loads("\n".join(line for _, line in numbered_lines(str(path))))
     except ValueError as error:
         raise DataError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(content, kind):

@@ -33,8 +33,8 @@ class Disk:
         if not root.is_dir():
             raise DataError(f"{root}: no such folder")
         found = video_files(root) if modality == "video" else frame_folders(root, image_tmpl)
-        found = tqdm(found, desc=str(root), unit="video", disable=None)
-        self.videos = sorted(found, key=lambda video: video.path)
+        progress = tqdm(found, desc=str(root), unit="video", disable=None)
+        self.videos = sorted(progress, key=lambda video: video.path)
         if not self.videos:
             kind = f"folders of frames like {image_tmpl.format(1)}" if modality == "RGB" else "video files"
             raise DataError(f"{root}: no {kind} in it; check --modality{' and --image_tmpl' * (modality == 'RGB')}")

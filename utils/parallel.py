@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -28,7 +28,7 @@ def usable_cores() -> int:
 
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, died: Callable[[Item], Result]
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Yield (item, function(item)) in the order of `items`. At most `workers * AHEAD` items are taken in advance.
 
     Args:
@@ -36,7 +36,7 @@ def parallel_map(
         workers: number of processes; 0 runs `function` in this process.
         died: makes the result of an item whose process ends while working on it, by a crash or by lack of memory.
 
-    An exception of `function` is raised here. Then, and when the iterator is closed or interrupted, the workers are
+    An exception of `function` is raised here. Then, and when the generator is closed or interrupted, the workers are
     terminated at once; work in progress is lost. The workers also end when this process is killed.
     """
     if workers == 0:
