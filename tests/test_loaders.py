@@ -1,3 +1,5 @@
+"""Loaders: order and share of the videos, batches, replaced and missing videos, keys of the configuration."""
+
 import os
 
 import pytest
@@ -105,6 +107,17 @@ def test_flip_labels_come_from_the_class_names(make_frame_folders, tmp_path):
 
 
 # Custom data sets
+
+
+@pytest.mark.parametrize(
+    "image_tmpl", ["img.jpg", "img_{:05x5}.jpg", "img_{number}.jpg", "img_{", "{}_{}.jpg", "{:s}.jpg"]
+)
+def test_a_template_that_does_not_take_a_number_is_an_error_of_its_key(make_frame_folders, image_tmpl):
+    paths = make_frame_folders([1] * 4)
+    with pytest.raises(ConfigError, match="data.image_tmpl: ") as caught:
+        build_train_loader(loader_config(paths, image_tmpl=image_tmpl))
+    assert repr(image_tmpl) in caught.value.line
+    assert "\n" not in caught.value.line
 
 
 @pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])

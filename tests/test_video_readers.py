@@ -21,7 +21,7 @@ import train as train_program
 from datasets import decoders
 from datasets.annotations import VideoRecord
 from datasets.bitstreams import Picture
-from datasets.decoders import PyAVVideo, presentation, read_packet_table
+from datasets.decoders import PyAVDecoder, presentation, read_packet_table
 from datasets.readers import VideoFileReader
 from utils.errors import ConfigError, DataError
 
@@ -176,7 +176,7 @@ def test_what_is_not_decoded_changes_no_pixel(tmp_path, options, share):
     path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
     write_packets(path, frames=scene(FRAMES), options={"x264-params": options})
     convert = decoders._Converter()
-    whole = [convert(frame) for frame in PyAVVideo(str(path))._decode()]
+    whole = [convert(frame) for frame in PyAVDecoder(str(path))._decode()]
     shares = []
     for count in (1, 1, 2, 4, 8, 8):
         indices = sorted(int(index) for index in rng.choice(FRAMES, count, replace=False))
@@ -305,7 +305,7 @@ def test_times_that_contradict_the_order_of_decoding_are_not_trusted(tmp_path):
 
 def test_what_the_decoder_gives_is_checked_against_the_packets(clips):
     """Two packets change their times behind the table's back: another order comes out than it tells."""
-    video = PyAVVideo(str(clips("B-frames.mp4")))
+    video = PyAVDecoder(str(clips("B-frames.mp4")))
     first, second = (video._table.packets[video._table.shown[index]] for index in (5, 6))
     first.pts, second.pts = second.pts, first.pts
     assert video._table.read([5, 6]) is None
@@ -344,7 +344,7 @@ def test_packets_that_do_not_tell_the_frames_are_decoded_whole(clips, monkeypatc
     monkeypatch.setattr(decoders, "read_packet_table", lambda path: None)
     for held in (decoders.MOST_HELD, 0):
         monkeypatch.setattr(decoders, "MOST_HELD", held)
-        assert PyAVVideo(str(clips(kind))).decodes_twice == (held == 0)
+        assert PyAVDecoder(str(clips(kind))).decodes_twice == (held == 0)
         assert numbers(clips(kind), "pyav") == list(range(FRAMES))
         assert numbers(clips(kind), "pyav", [3, 44]) == [3, 44]
 
