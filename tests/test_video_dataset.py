@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import eval_transform, random_frame, train_transform
+from tiny import eval_transform, random_frame, train_clip, train_transform
 
 from datasets.annotations import VideoRecord, read_annotations
 from datasets.readers import FrameBuffers, FrameFolderReader, OpenedVideo, decode_image
@@ -16,6 +16,7 @@ from datasets.sampling import sample_test
 from datasets.transforms import TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
 from utils.errors import DataError
+from utils.seeding import sample_rng
 
 
 def make_dataset(cls, paths, transform, protocol="kinetics", **options):
@@ -76,7 +77,7 @@ def test_index_zero_is_the_file_with_number_one(make_frame_folders):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB", "I;16"])
-def test_frames_of_any_mode_become_rgb_as_pillow_converts_them(tmp_path, mode):
+def test_frames_of_any_mode_are_converted_to_rgb_as_by_pillow(tmp_path, mode):
     image = random_frame((1,), (21, 17)).convert(mode if mode != "I;16" else "I").convert(mode)
     image.save(tmp_path / "img_00001.png")
     (frame,) = FrameFolderReader(str(tmp_path), "img_{:05d}.png").open(VideoRecord("", 1, 0, "list.txt:1")).read([0])
@@ -303,7 +304,7 @@ def test_a_training_sample_does_not_touch_the_global_generators(make_frame_folde
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
-def test_a_training_sample_has_a_clip_and_a_label_per_repeat(make_frame_folders):
+def test_every_repeat_of_a_training_sample_is_augmented_by_its_own_generator(make_frame_folders):
     dataset = train_dataset(make_frame_folders([30, 30, 30]), num_sample=2)
     sample = dataset[0, 2]
     assert sample["clips"].shape == (2, 4, 3, 32, 32)
@@ -312,9 +313,14 @@ def test_a_training_sample_has_a_clip_and_a_label_per_repeat(make_frame_folders)
     assert sample["labels"].tolist() == [2, 2]
     assert sample["labels"].dtype == sample["indices"].dtype == torch.int64
     assert sample["indices"].tolist() == [2]
+    frames = dataset.reader.open(dataset.records[2]).read(range(30))
+    frames = [frames[index] for index in dataset.sample(30, 0, 2)]
+    for repeat, clip in enumerate(sample["clips"]):
+        expected, _ = train_clip(dataset.transform, frames, 2, sample_rng(3, 0, 2, repeat))
+        assert torch.equal(clip, expected)
 
 
-def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folders, monkeypatch):
+def test_repeats_share_their_frames_but_not_their_augmentation(make_frame_folders, monkeypatch):
     paths = make_frame_folders([30])
     one, two = train_dataset(paths), train_dataset(paths, num_sample=2)
     two.reader = CountingReader(paths[0])
