@@ -162,9 +162,10 @@ def test_videos_that_are_open_at_once_never_share_memory_and_closed_ones_give_th
         assert not any(np.may_share_memory(frame, other) for other in both[number + 1 :])
     addresses, pixels = {frame.ctypes.data for frame in frames}, [frame.copy() for frame in others]
     first.close()
-    first.close()  # gives nothing back twice
-    again = third.read(range(3))
+    first.close()  # must not give the memory back a second time
+    again, more = third.read(range(3)), reader.open(records[0]).read(range(3))
     assert {frame.ctypes.data for frame in again} == addresses
+    assert not any(np.may_share_memory(frame, other) for frame in more for other in again + others)
     assert all(np.array_equal(frame, kept) for frame, kept in zip(others, pixels, strict=True))
 
 
