@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import score_run as score
 
 import test as test_program
 import train as train_program
@@ -35,11 +36,6 @@ def broken_frames(motion_root, tmp_path):
     shutil.copytree(motion_root / "frames", tmp_path / "frames")
     shutil.rmtree(tmp_path / "frames" / "val_00002")
     return [f"data.{part}_root={tmp_path}/frames" for part in ("train", "val")]
-
-
-def score(config, checkpoint, file, *arguments):
-    test_program.main(["--config", config, "--weights", str(checkpoint), "--save_scores", str(file), *arguments])
-    return np.load(file)
 
 
 def train(config, output, *overrides):

@@ -242,12 +242,8 @@ SETS = Picture(True, True, False, b"one")
         ([0, 40, 40], [KEY, P, P], None),
         ([0, 80, 40], [KEY, P, P], None),
         ([0, 40, 80], [KEY, P, B], None),
-        (
-            [0, 120, 80, 40, 160],
-            [KEY, P, KEY, B, P],
-            None,
-        ),  # frame 3 is shown before the entry 2 that precedes it, and frame 1 after it
-        ([0, 160, 80, 120, 200], [KEY, P, KEY, P, B], None),  # frame 1 is shown after the entry 2 that follows it
+        ([0, 120, 80, 40, 160], [KEY, P, KEY, B, P], None),  # frame 1, before entry 2, is shown after it
+        ([0, 160, 80, 120, 200], [KEY, P, KEY, P, B], None),  # likewise, with no frame shown before its entry
         ([0, 40], [KEY, Picture(False, True, False, b"one")], None),
     ],
 )
