@@ -139,13 +139,13 @@ def make_frames(count, size=(53, 38)):
 
 
 def train_clip(transform, frames, label, rng):
-    """(uint8 (T, 3, S, S), label)."""
+    """The augmented clip, uint8 (T, 3, H, W), and its label."""
     clip = torch.empty(len(frames), 3, transform.input_size, transform.input_size, dtype=torch.uint8)
     return clip, transform(frames, label, rng, clip)
 
 
 def plain_clip(frames, label, seed, protocol, size, flip_labels, rand_aug=False):
-    """What the plain pipeline makes of it, int (T, S, S, 3), and the label."""
+    """The clip of the plain pipeline, int (T, H, W, 3), and its label."""
     images = [Image.fromarray(frame) for frame in frames]
     generator = np.random.default_rng(seed)
     clip, label = plain_pipeline.train_clip(images, label, generator, protocol, size, flip_labels, rand_aug)
