@@ -81,9 +81,8 @@ def train(config: DotMap, output: str | None = None, build: Callable[..., Side4V
         load_start(model, start, source, config, class_names)
     frozen = {} if config.solver.evaluate or get_rank() > 0 else model_state(model)
     model.place(device, config.network.shard_backbone, config.solver.compile)
-    model.trained.side.recompute = config.solver.recompute
     if get_world_size() > 1:
-        model.parallelize(config.solver.sync_bn)
+        model.parallelize()
 
     precision = resolve_precision(config.solver.precision, device)
     if config.solver.evaluate:

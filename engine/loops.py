@@ -18,7 +18,7 @@ from datasets.transforms import normalize_clips
 from engine.optim import lr_factor, set_learning_rate
 from engine.throughput import Throughput
 from modules.side4video import Side4Video
-from utils.distributed import Traffic, all_reduce, gather, get_rank, get_world_size
+from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
 from utils.precision import Precision
 
@@ -88,7 +88,6 @@ def train_one_epoch(
     throughput = throughput or Throughput(config, precision.device)
     mean_loss, started = math.nan, time.perf_counter()
     since, batches = 0, iter(loader)
-    Traffic.reduced = 0
     for iteration in range(len(loader)):
         throughput.begin()
         batch = next(batches)
@@ -118,7 +117,7 @@ def train_one_epoch(
         if throughput.begun == accumulation and get_world_size() > 1:
             log.info(
                 "each process hands %.1f MB to the others in a step: the gradients of %.2f M trained parameters%s",
-                Traffic.reduced / 1e6,
+                model.reduced_bytes(accumulation) / 1e6,
                 sum(p.numel() for p in model.trained.parameters()) / 1e6,
                 " and the statistics of BatchNorm" if solver.sync_bn else "",
             )

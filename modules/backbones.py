@@ -138,7 +138,7 @@ class FrozenTower(nn.Module):
         input_size: int,
         backbone_kwargs: dict[str, Any] | None = None,
         side_layers: str | list[int] = "all",
-        without_weights: bool = False,
+        on_meta: bool = False,
     ):
         """
         Args:
@@ -146,7 +146,7 @@ class FrozenTower(nn.Module):
             input_size: height and width of a frame in pixels.
             backbone_kwargs: handed to timm as they are.
             side_layers: blocks to read, as `choose_layers` takes them.
-            without_weights: leave the parameters on the meta device, for `load_strictly(..., assign=True)` to fill.
+            on_meta: leave the parameters on the meta device, without memory; `load_strictly(..., assign=True)` fills them.
 
         Raises:
             ConfigError: timm refuses the arguments, or the model has no tokens that the side network could read.
@@ -156,7 +156,7 @@ class FrozenTower(nn.Module):
         if kwargs.get("img_size", input_size) != input_size:
             raise ConfigError(f"network.backbone_kwargs.img_size: leave it out, data.input_size ({input_size}) decides")
         try:
-            with parameters_on_meta() if without_weights else nullcontext():
+            with parameters_on_meta() if on_meta else nullcontext():
                 arguments = {"num_classes": 0, **kwargs, "img_size": input_size}
                 vit = timm.create_model(timm_name, pretrained=False, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
