@@ -25,7 +25,7 @@ from engine.loops import evaluate
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.summary import describe_model
 from modules import build_model
-from modules.checkpoint import holds_tower, load_model_state, read_checkpoint
+from modules.checkpoint import describe_checkpoint, holds_tower, load_model_state, read_checkpoint
 from utils.atomic import write_atomically
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
 from utils.errors import DataError, run_program
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     checkpoint = read_checkpoint(args.weights)
     model = build_model(config, load_tower=not holds_tower(checkpoint))
     load_model_state(model, checkpoint, args.weights)
+    log.info(describe_checkpoint(checkpoint, args.weights))
     model.place(device, config.network.shard_backbone, config.solver.compile)
     precision = resolve_precision(config.solver.precision, device)
     loader = build_eval_loader(

@@ -27,8 +27,9 @@ from engine.throughput import Throughput
 from modules import build_model
 from modules.checkpoint import (
     checkpoint_state,
+    describe_checkpoint,
     holds_tower,
-    is_official,
+    is_released,
     load_model_state,
     model_state,
     read_checkpoint,
@@ -135,6 +136,7 @@ def load_start(
     """
     new = not config.resume and not config.solver.evaluate
     head_kept = load_model_state(model, start, source, new_head=new, new_size=not config.resume)
+    log.info(describe_checkpoint(start, source))
     if head_kept and new and names_differ(class_names, start.get("class_names")):
         model.trained.head.reset_parameters()
         log.info("pretrain: %s was trained on other class names; the head is made anew", source)
@@ -172,7 +174,7 @@ def prepare_output(config: DotMap, output: str | None) -> Path:
 def resume(checkpoint: dict[str, Any], optimizer: Any, scaler: Any, config: DotMap) -> tuple[int, float | None]:
     """Restore optimizer and scaler; rates and decays stay this configuration's. Returns (next epoch, best top-1)."""
     if "optimizer" not in checkpoint:
-        kind = "released" if is_official(checkpoint) else "converted"
+        kind = "released" if is_released(checkpoint) else "converted"
         raise CheckpointError(f"{config.resume}: a {kind} checkpoint can only be started from, by pretrain")
     for key, old, new in differences(checkpoint["config"], config.toDict()):
         log.warning("resume: %s was %s and is %s now", key, old, new)

@@ -37,6 +37,8 @@ class TubeletStem(nn.Conv3d):
     patch is copied three times.
     """
 
+    bias: Tensor
+
     def __init__(self, side_width: int, patch_size: int):
         super().__init__(3, side_width, (3, patch_size, patch_size), (1, patch_size, patch_size), (1, 0, 0))
 

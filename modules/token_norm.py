@@ -46,7 +46,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes that one training step hands to all-reduce: float64 sums forward, two sums of the weight's dtype back."""
+        """Bytes that this layer hands to all-reduce in a training step: float64 forward, the weight's dtype backward."""
         return 8 * (2 * self.num_features + 1) + 2 * self.weight.nbytes if self.synced else 0
 
     @torch.no_grad()

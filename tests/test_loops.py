@@ -6,7 +6,7 @@ from tiny import pixel_batch, tiny_config, train_steps
 
 from engine.loops import LossMonitor, NonFiniteLossError
 from modules import build_model
-from modules.side_network import TokenBatchNorm
+from modules.token_norm import TokenBatchNorm
 from utils.precision import resolve_precision
 
 CPU = torch.device("cpu")

@@ -21,9 +21,9 @@ from modules.checkpoint import (
     model_state,
     read_checkpoint,
     save_checkpoint,
-    save_official,
+    save_released,
 )
-from modules.released import to_official
+from modules.released import to_released
 from tools.motion_demo import CLASSES
 from utils.errors import CheckpointError, UserError
 
@@ -152,11 +152,11 @@ def test_the_names_are_the_released_ones():
     expected = NAMES.split()
     for k in "01":
         expected += [f"visual.transformer.{name}" for name in LAYER_NAMES.replace("K", k).split()]
-    assert sorted(to_official(make_model())) == sorted(expected)
+    assert sorted(to_released(make_model())) == sorted(expected)
 
 
 def test_convolutions_have_the_shapes_of_conv3d_and_embeddings_no_leading_axes():
-    state = to_official(make_model())
+    state = to_released(make_model())
     shapes = {
         "visual.side_conv1.weight": (64, 3, 3, 16, 16),
         "visual.transformer.side_transformer.1.conv.0.weight": (64, 64, 1, 1, 1),
@@ -174,7 +174,7 @@ def test_convolutions_have_the_shapes_of_conv3d_and_embeddings_no_leading_axes()
 
 def test_the_tower_of_an_export_reads_as_openai_wrote_it():
     model = make_model()
-    tower = {name: tensor for name, tensor in to_official(model).items() if "side_" not in name}
+    tower = {name: tensor for name, tensor in to_released(model).items() if "side_" not in name}
     converted = checkpoint_filter_fn(tower, model.backbone.vit)
     own = model.backbone.vit.state_dict()
     assert set(converted) == set(own) and all(converted[name].equal(own[name]) for name in own)
@@ -192,7 +192,7 @@ def test_a_released_file_gives_the_textbook_models_logits(tmp_path, prefix):
 
 def test_our_model_in_released_form_fills_the_textbook_strictly():
     model, textbook = make_model().double(), TextbookSide4Video().double()
-    textbook.load_state_dict(to_official(model))
+    textbook.load_state_dict(to_released(model))
     clips = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
     expected = textbook.eval()(clips)
     assert (model(clips) - expected).abs().max() < 1e-9 * expected.abs().max()
@@ -202,7 +202,7 @@ def test_a_released_file_is_written_back_to_the_bit(tmp_path):
     _, content = released_file(tmp_path / "released.pt", prefix="")
     model = make_model()
     read = load_weights(model, tmp_path / "released.pt")
-    save_official(tmp_path / "again.pt", model, read["epoch"], read["optimizer_state_dict"])
+    save_released(tmp_path / "again.pt", model, read["epoch"], read["optimizer_state_dict"])
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert set(again) == set(content) and again["epoch"] == 29
     for name, tensor in content["model_state_dict"].items():
@@ -215,7 +215,7 @@ def test_a_released_file_is_written_back_to_the_bit(tmp_path):
 
 def test_our_model_comes_back_from_the_released_form_to_the_bit(tmp_path):
     model, other = make_model(0), make_model(1)
-    save_official(tmp_path / "m.pt", model)
+    save_released(tmp_path / "m.pt", model)
     assert not logits(model).equal(logits(other))
     load_weights(other, tmp_path / "m.pt")
     own, back = model.state_dict(), other.state_dict()
@@ -226,12 +226,12 @@ def test_our_model_comes_back_from_the_released_form_to_the_bit(tmp_path):
 def test_a_table_may_part_a_tensor_into_several(monkeypatch, tmp_path):
     start = "visual.transformer.side_transformer.*.attn."
     parted = {"trained.side.blocks.*.attn.qkv.": tuple(f"{start}{part}_proj." for part in "qkv")}
-    monkeypatch.setitem(released.OFFICIAL_NAMES, "pre", released.OFFICIAL_NAMES["pre"] | parted)
+    monkeypatch.setitem(released.RELEASED_NAMES, "pre", released.RELEASED_NAMES["pre"] | parted)
     model, other = make_model(0), make_model(1)
-    state = to_official(model)
+    state = to_released(model)
     qkv = model.trained.side.blocks[1].attn.qkv.weight
     assert state["visual.transformer.side_transformer.1.attn.k_proj.weight"].equal(qkv[64:128])
-    save_official(tmp_path / "m.pt", model)
+    save_released(tmp_path / "m.pt", model)
     load_weights(other, tmp_path / "m.pt")
     assert logits(model).equal(logits(other))
 
@@ -239,16 +239,16 @@ def test_a_table_may_part_a_tensor_into_several(monkeypatch, tmp_path):
 def test_both_forms_load_by_the_same_call_and_say_whether_they_hold_the_tower(tmp_path):
     torch.save(published_form(make_model().backbone), tmp_path / "clip.pt")
     model = make_model(init=True, weights=str(tmp_path / "clip.pt"))
-    save_official(tmp_path / "official.pt", model)
+    save_released(tmp_path / "official.pt", model)
     save_checkpoint(tmp_path / "ours.pt", {**model_state(model), "trained": model.trained.state_dict()})
     assert holds_tower(read_checkpoint(tmp_path / "official.pt"))
     assert not holds_tower(read_checkpoint(tmp_path / "ours.pt"))
-    from_official, from_ours = make_model(2), make_model(3, init=True, weights=str(tmp_path / "clip.pt"))
-    load_weights(from_official, tmp_path / "official.pt")
+    from_released, from_ours = make_model(2), make_model(3, init=True, weights=str(tmp_path / "clip.pt"))
+    load_weights(from_released, tmp_path / "official.pt")
     load_weights(from_ours, tmp_path / "ours.pt")
-    assert logits(from_official).equal(logits(model)) and logits(from_ours).equal(logits(model))
+    assert logits(from_released).equal(logits(model)) and logits(from_ours).equal(logits(model))
     # the tower of a released checkpoint comes from no file that a user could name again
-    assert model_state(from_official)["tower_file"] is None and model_state(from_official)["tower"] is not None
+    assert model_state(from_released)["tower_file"] is None and model_state(from_released)["tower"] is not None
 
 
 # What does not fit
@@ -272,7 +272,7 @@ def test_both_forms_load_by_the_same_call_and_say_whether_they_hold_the_tower(tm
     ],
 )
 def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, change, complaint):
-    state = to_official(make_model())
+    state = to_released(make_model())
     change(state)
     torch.save({"model_state_dict": state}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=f"m.pt.*tensors do not fit; {complaint}") as caught:
@@ -283,7 +283,7 @@ def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, change, complai
 def test_a_tower_without_released_names_is_refused_by_tensor():
     model = make_model(arch="timm/deit3_small_patch16_224", init_values=1e-4)
     with pytest.raises(CheckpointError, match=r"backbone.vit.blocks.0.ls1.gamma: .*no name for"):
-        to_official(model)
+        to_released(model)
 
 
 class Hostile:
@@ -309,7 +309,7 @@ def test_other_content_is_refused_in_one_line(tmp_path, monkeypatch, content, re
 
 def test_a_file_from_before_torch_wrote_zip_archives_is_read_too(tmp_path):
     model, other = make_model(0), make_model(1)
-    torch.save({"model_state_dict": to_official(model)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    torch.save({"model_state_dict": to_released(model)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     load_weights(other, tmp_path / "m.pt")
     assert logits(model).equal(logits(other))
 
@@ -330,7 +330,7 @@ def test_a_head_of_other_classes_is_made_anew_only_when_asked(tmp_path, caplog, 
 
 def save_as(form, model, path):
     if form == "official":
-        save_official(path, model)
+        save_released(path, model)
     else:
         save_checkpoint(path, {**model_state(model), "trained": model.trained.state_dict()})
 
@@ -355,7 +355,7 @@ def test_another_input_size_resamples_both_position_tables_in_one_logged_line(tm
 
 
 def test_another_input_size_is_refused_where_a_run_goes_on(tmp_path):
-    save_official(tmp_path / "m.pt", make_model(0))
+    save_released(tmp_path / "m.pt", make_model(0))
     with pytest.raises(CheckpointError, match=r"vit.pos_embed \(1, 5, 32\) instead of \(1, 17, 32\)"):
         load_weights(make_model(1, input_size=64), tmp_path / "m.pt", new_size=False)
 
@@ -377,7 +377,7 @@ def test_the_programs_take_a_released_checkpoint_as_they_take_ours(config, tmp_p
     ours, released = tmp_path / "run" / "last_model.pt", tmp_path / "released.pt"
     model = build_model(read_config(config))
     load_weights(model, ours)
-    save_official(released, model, epoch=1)
+    save_released(released, model, epoch=1)
     # network.init would need a weight file if the checkpoint did not hold the tower
     scores = [score_run(config, path, tmp_path / "s.npz", "network.init=True")["scores"] for path in (ours, released)]
     assert np.array_equal(*scores)

@@ -27,16 +27,16 @@ from modules.checkpoint import (
     checkpoint_state,
     flat_tensors,
     holds_tower,
-    is_official,
+    is_released,
     load_model_state,
     model_state,
     read_checkpoint,
     save_checkpoint,
-    save_official,
+    save_released,
     save_safetensors,
 )
 from modules.hashing import hash_tensors
-from modules.released import official_names
+from modules.released import released_names
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError, run_program
 
@@ -90,7 +90,7 @@ def convert(config: DotMap, source: Path, target: Path, form: str | None = None)
         raise CheckpointError(f"{source}: is of the form {form!r} already, nothing to convert")
 
     if form == "official":
-        save_official(target, model, checkpoint.get("epoch", 0))
+        save_released(target, model, checkpoint.get("epoch", 0))
     else:
         state = checkpoint_state(
             model_state(model),
@@ -126,12 +126,12 @@ def load(config: DotMap, path: Path, keep_type: bool = True) -> tuple[Side4Video
 def form_of(path: Path, checkpoint: dict[str, Any]) -> str:
     if path.suffix == SAFETENSORS:
         return "safetensors"
-    return "official" if is_official(checkpoint) else "ours"
+    return "official" if is_released(checkpoint) else "ours"
 
 
 def class_names(config: DotMap, checkpoint: dict[str, Any]) -> list[str] | None:
     """The checkpoint's own; a released one has none, so those of the configuration."""
-    if is_official(checkpoint) and config.data.label_list:
+    if is_released(checkpoint) and config.data.label_list:
         return read_class_names(config.data.label_list, config.data.num_classes)
     return checkpoint.get("class_names")
 
@@ -158,10 +158,10 @@ def trace(model: Side4Video, source: dict[str, Any], target: dict[str, Any]) -> 
 def own_names(model: Side4Video, checkpoint: dict[str, Any]) -> dict[str, str]:
     """Name of each tensor in a checkpoint -> our name of the tensor that it is or is a part of, or its own."""
     names = list(flat_tensors(checkpoint))
-    if not is_official(checkpoint):
+    if not is_released(checkpoint):
         return {name: name for name in names}
     ours = {
-        part: own.replace("backbone.", "tower.", 1) for own, theirs in official_names(model).items() for part in theirs
+        part: own.replace("backbone.", "tower.", 1) for own, theirs in released_names(model).items() for part in theirs
     }
     return {name: ours.get(name.removeprefix("module."), name) for name in names}
 

@@ -1,4 +1,4 @@
-"""Processes: torch.distributed if a launcher such as torchrun started us, otherwise one process. Same calls for both."""
+"""Processes: torch.distributed if a launcher started this program, otherwise one process. Same calls for both."""
 
 import os
 from typing import Any
