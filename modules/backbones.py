@@ -1,6 +1,7 @@
 """Frozen image towers and the tokens they give (docs/protocol.md section 1).
 
-Letters: B clips, T frames of a clip, N patches of a frame, D tower width, H and W pixel height and width.
+Letters: B clips, T frames of a clip, P patch size, N patches of a frame, D tower width, H and W pixel height and
+width.
 """
 
 import difflib

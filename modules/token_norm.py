@@ -1,4 +1,7 @@
-"""BatchNorm on channels-last tokens, with statistics of this process or of all processes."""
+"""BatchNorm on channels-last tokens, with statistics of this process or of all processes.
+
+Letters: S side width. Rows are the tokens of all clips, frames and patches.
+"""
 
 from typing import Any
 
@@ -46,7 +49,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes that this layer hands to all-reduce in a training step: float64 forward, the weight's dtype backward."""
+        """Bytes that this layer hands to all-reduce in a step: float64 forward, the weight's dtype backward."""
         return 8 * (2 * self.num_features + 1) + 2 * self.weight.nbytes if self.synced else 0
 
     @torch.no_grad()
