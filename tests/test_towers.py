@@ -1,4 +1,4 @@
-"""Towers beyond OpenAI's: tokens equal timm's, EVA's files and released checkpoints, which blocks are read."""
+"""EVA towers and other timm models: their tokens, files and released checkpoints, and the blocks that are read."""
 
 import logging
 from pathlib import Path
@@ -46,7 +46,7 @@ def tower_config(arch, size, kwargs=None, **network):
 
 
 def eva_model(arch="EVA02-CLIP-L-14", seed=0, **network):
-    """A tiny model whose tower has no tensor that is all zeros or ones."""
+    """A tiny model in which no tensor is all zeros or all ones."""
     torch.manual_seed(seed)
     model = build_model(tower_config(arch, 28, **network))
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def eva_model(arch="EVA02-CLIP-L-14", seed=0, **network):
 
 
 def eva_clip_name(name):
-    """EVA-CLIP's name of a tensor of a timm tower, written from its checkpoints apart from modules/released.py."""
+    """EVA-CLIP's name of a tensor of a timm tower, independent of modules/released.py."""
     swaps = [("attn.q_proj.bias", "attn.q_bias"), ("attn.v_proj.bias", "attn.v_bias")]
     swaps += [("attn.norm.", "attn.inner_attn_ln."), ("mlp.norm.", "mlp.ffn_ln.")]
     if "fc1_g" in name or "fc1_x" in name:
@@ -66,7 +66,7 @@ def eva_clip_name(name):
 
 
 def eva_file(tower):
-    """What BAAI publishes: tower, final norm, projection, rope tables, text tower."""
+    """A file as BAAI publishes it: tower, final norm, projection, rope tables, text tower."""
     names = tower.vit.state_dict()
     swiglu = "blocks.0.mlp.fc1_g.weight" in names
     state = {eva_clip_name(name): tensor for name, tensor in names.items()}
@@ -85,7 +85,7 @@ def clips_of(size, frames=3):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_tokens_equal_those_of_timm_before_its_norm(name):
-    """After every block those of forward_intermediates; after the last, what forward_features gives to its norm."""
+    """After each block those of forward_intermediates; after the last block also the input of the final norm."""
     size, mean = TOWERS[name]
     torch.manual_seed(0)
     tower, clips = FrozenTower(name, size, TINY), clips_of(size)
@@ -281,7 +281,7 @@ def test_the_programs_take_a_released_post_checkpoint(config, tmp_path):
 
 @pytest.mark.parametrize("size, grid", [(224, 16), (336, 24)])
 def test_rebuilt_rope_tables_are_those_of_eva_clip(size, grid):
-    """Angles t * 10000^(-2i/d) for rows then columns, each twice, with t stretched to the 16 patches of training."""
+    """Angles t * 10000^(-2i/d) for rows, then columns, each twice; t is scaled to the 16 patches of training."""
     config = tower_config("EVA02-CLIP-L-14", size, {"embed_dim": 128, "depth": 2})
     state, half = to_released(build_model(config)), 32
     t = torch.arange(grid).double() / grid * 16
