@@ -26,6 +26,7 @@ class VideoLoader(DataLoader):
     (index, message of one line).
     """
 
+    dataset: VideoDataset
     unreadable: list[tuple[int, str]]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]  # torch says: a private class

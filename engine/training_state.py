@@ -12,7 +12,7 @@ from dotmap import DotMap
 
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
-from modules.checkpoint import is_official, load_model_state
+from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError
 
@@ -42,6 +42,7 @@ def load_start(
         CheckpointError: the checkpoint does not fit.
     """
     head_kept = load_model_state(model, checkpoint, source, new_head=new_head, new_size=new_size)
+    log.info(describe_checkpoint(checkpoint, source))
     if head_kept and new_head and names_differ(class_names, checkpoint.get("class_names")):
         model.trained.head.reset_parameters()
         log.info("pretrain: %s was trained on other class names; the head is made anew", source)
@@ -63,7 +64,7 @@ def restore_training(
         CheckpointError: the file has no state of an optimizer.
     """
     if "optimizer" not in checkpoint:
-        kind = "released" if is_official(checkpoint) else "converted"
+        kind = "released" if is_released(checkpoint) else "converted"
         raise CheckpointError(f"{config.resume}: a {kind} checkpoint can only be started from, by pretrain")
     for key, old, new in changed_values(checkpoint["config"], config.toDict()):
         log.warning("resume: %s was %s and is %s now", key, old, new)

@@ -20,12 +20,12 @@ from modules import build_model, released
 from modules.checkpoint import (
     checkpoint_state,
     flat_tensors,
-    is_official,
+    is_released,
     load_weights,
     model_state,
     read_checkpoint,
     save_checkpoint,
-    save_official,
+    save_released,
     save_safetensors,
 )
 from tools.convert_checkpoint import convert, main, trace, verify
@@ -57,7 +57,7 @@ def make_model(config, seed=0):
 
 def save(form, path, model, config):
     if form == "official":
-        return save_official(path, model, epoch=7)
+        return save_released(path, model, epoch=7)
     parts = model_state(model), model.trained.state_dict(), config.toDict(), list(CLASSES)
     state = checkpoint_state(*parts, epoch=7, best_accuracy=100 / 3, optimizer={}, scaler={})
     (save_safetensors if form == "safetensors" else save_checkpoint)(path, state)
@@ -79,7 +79,7 @@ def test_there_and_back_is_equal_to_the_bit(clip_config, tmp_path, source, targe
     start, between, end = (read_checkpoint(path) for path in (paths[source], paths[target], back))
     assert same_tensors(start, end)
     assert verify(config, paths[source], paths[target]) == 0
-    assert is_official(between) == (target == "official") and between["epoch"] == end["epoch"] == 7
+    assert is_released(between) == (target == "official") and between["epoch"] == end["epoch"] == 7
     assert [row[0] for row in rows] == list(flat_tensors(start))
     assert sorted(row[2] for row in rows) == sorted(flat_tensors(between))
     if target != "official":
@@ -131,7 +131,7 @@ def test_the_table_says_what_has_no_place_and_what_is_new(clip_config, tmp_path)
 def test_parts_of_one_tensor_are_listed_together(clip_config, tmp_path, monkeypatch):
     start = "visual.transformer.side_transformer.*.attn."
     parted = {"trained.side.blocks.*.attn.qkv.": tuple(f"{start}{part}_proj." for part in "qkv")}
-    monkeypatch.setitem(released.OFFICIAL_NAMES, "pre", released.OFFICIAL_NAMES["pre"] | parted)
+    monkeypatch.setitem(released.RELEASED_NAMES, "pre", released.RELEASED_NAMES["pre"] | parted)
     config = read_config(clip_config, purpose="model")
     save("ours", tmp_path / "ours.pt", make_model(config), config)
     rows = convert(config, tmp_path / "ours.pt", tmp_path / "released.pt", "official")

@@ -31,16 +31,16 @@ from modules.checkpoint import (
     checkpoint_state,
     flat_tensors,
     holds_tower,
-    is_official,
+    is_released,
     load_model_state,
     model_state,
     read_checkpoint,
     save_checkpoint,
-    save_official,
+    save_released,
     save_safetensors,
 )
 from modules.hashing import hash_tensors
-from modules.released import official_names
+from modules.released import released_names
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError, run_program
 
@@ -98,7 +98,7 @@ def convert(config: DotMap, source: Path, target: Path, form: str | None = None)
 
     epoch = checkpoint.get("epoch", 0)
     if form == "official":
-        save_official(target, model, epoch)
+        save_released(target, model, epoch)
     else:
         state = checkpoint_state(
             model_state(model),
@@ -137,12 +137,12 @@ def load(config: DotMap, path: Path, keep_dtype: bool = True) -> tuple[Side4Vide
 def form_of(path: Path, checkpoint: dict[str, Any]) -> str:
     if path.suffix == SAFETENSORS:
         return "safetensors"
-    return "official" if is_official(checkpoint) else "ours"
+    return "official" if is_released(checkpoint) else "ours"
 
 
 def class_names(config: DotMap, checkpoint: dict[str, Any]) -> list[str] | None:
     """The class names in the checkpoint; for a released one, which has none, those of the configuration."""
-    if is_official(checkpoint) and config.data.label_list:
+    if is_released(checkpoint) and config.data.label_list:
         return read_class_names(config.data.label_list, config.data.num_classes)
     return checkpoint.get("class_names")
 
@@ -173,10 +173,10 @@ def own_names(model: Side4Video, checkpoint: dict[str, Any]) -> dict[str, str]:
     A tensor of a released checkpoint that has no name here keeps its own.
     """
     names = list(flat_tensors(checkpoint))
-    if not is_official(checkpoint):
+    if not is_released(checkpoint):
         return {name: name for name in names}
     ours = {
-        part: own.replace("backbone.", "tower.", 1) for own, theirs in official_names(model).items() for part in theirs
+        part: own.replace("backbone.", "tower.", 1) for own, theirs in released_names(model).items() for part in theirs
     }
     return {name: ours.get(name.removeprefix("module."), name) for name in names}
 
