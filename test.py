@@ -25,7 +25,7 @@ from engine.metrics import class_accuracy, topk_accuracy
 from engine.scores import Scores, save_scores
 from engine.summary import describe_model
 from modules import build_model
-from modules.checkpoint import holds_tower, load_model_state, read_checkpoint
+from modules.checkpoint import describe_checkpoint, holds_tower, load_model_state, read_checkpoint
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
 from utils.errors import DataError, run_program
 from utils.logger import setup_logging
@@ -90,6 +90,7 @@ def test(config: DotMap, weights: str, crops: int = 1, clips: int = 1, *, scores
     order = class_order(dataset.class_names, trained_names, weights, config.test.remap_labels)
     model = build_model(config, load_tower=not holds_tower(checkpoint))
     load_model_state(model, checkpoint, weights)
+    log.info(describe_checkpoint(checkpoint, weights))
     model.place(device, config.network.shard_backbone, config.solver.compile)
     for line in describe_model(config, model):
         log.info(line)

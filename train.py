@@ -98,9 +98,8 @@ def train_in(
     # Hashes need whole tensors, so they are taken before `place` shards the tower.
     model_part = model_state(model) if get_rank() == 0 and not only_evaluate else {}
     model.place(device, config.network.shard_backbone, config.solver.compile)
-    model.trained.side.recompute = config.solver.recompute
     if get_world_size() > 1:
-        model.parallelize(config.solver.sync_bn)
+        model.parallelize()
     if only_evaluate:
         return validate(model, val_loader, precision, config)
 

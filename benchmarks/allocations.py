@@ -1,4 +1,4 @@
-"""What a call leaves in memory, and what it launches."""
+"""The memory that a call keeps, and the operators that it runs."""
 
 import time
 from collections.abc import Callable
@@ -23,11 +23,11 @@ NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, at
 
 
 def measure_memory(function: Callable[[], Any]) -> tuple[int, int]:
-    """(bytes that the call leaves behind, bytes at its peak), above what there was before, on the CPU or a GPU.
+    """Return (bytes kept after the call, bytes at its peak) beyond those allocated before it, on the CPU or a GPU.
 
-    It asks PyTorch's allocator, so no tensor escapes: neither those that a function keeps on its ctx, which
-    saved-tensor hooks miss, nor those of compiled code. What the call returns still lives when it is counted, and with
-    it all that a backward pass will need. Parameters, buffers and inputs were there before.
+    PyTorch's allocator is asked, so every tensor counts, including those that a function keeps on its ctx, which
+    saved-tensor hooks miss, and those of compiled code. The result of the call is alive when the kept bytes are
+    counted, and with it everything that a backward pass needs.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -52,7 +52,7 @@ def measure_memory(function: Callable[[], Any]) -> tuple[int, int]:
 class OperatorCount(TorchDispatchMode):
     """Counts the operators that run inside, each a kernel launch on a GPU, and the seconds in matrix products.
 
-    Views and allocations are left out. What compiled code runs is not seen.
+    Views and allocations are not counted, and operators inside compiled code are not seen.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""How far the scores move when the frozen tower is kept and computed in a half type (network.backbone_dtype).
+"""Measure how much the scores change when the frozen tower is stored and run in bfloat16 or float16.
 
     python -m benchmarks.backbone_dtype
 
-ViT-B/16 with seeded random weights, tower and side network, in eval mode; the side network is in float32 throughout.
-Writes benchmarks/results/backbone_dtype.txt.
+The model is ViT-B/16 in eval mode with seeded random weights. Only the tower changes its dtype
+(`network.backbone_dtype`); the side network stays in float32. Writes benchmarks/results/backbone_dtype.txt.
 """
 
 import sys
@@ -21,7 +21,11 @@ CLIPS, FRAMES, CLASSES, SEED = 2, 8, 174, 1024
 
 
 def logits_and_tokens(dtype: str, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (CLIPS, K) and the last block's tokens, in float32, of the model whose tower has that type."""
+    """Run the model with a tower in `dtype` on `clips`, float32 (B, T, 3, H, W).
+
+    Returns:
+        The logits (B, K) and the tokens of the last block (B, T, 1+N, D), both in float32.
+    """
     network = {"arch": "ViT-B/16", "backbone_kwargs": {}, "side_dim": 320, "backbone_dtype": dtype}
     config = default_config(data={"input_size": 224, "num_classes": CLASSES}, network=network)
     torch.manual_seed(SEED)

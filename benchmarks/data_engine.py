@@ -1,10 +1,11 @@
-"""The project's data sets against the plain pipeline of benchmarks/plain_pipeline.py: clips a second, side by side.
+"""Compares the project's data sets with the pipeline of benchmarks/plain_pipeline.py, in clips per second.
 
     python -m benchmarks.data_engine [--only WORDS] [--material FOLDER]
 
-Both in one process and one thread, in turns, on the same generated files, with the same draws; medians over rounds. The
-same run checks that validation and test pixels are bit-equal, and that video files give the same frames. Writes
-benchmarks/results/data_engine.txt, unless `--only` picks the rows whose names contain WORDS.
+Both run in turns in one process with one thread, on the same generated files and with the same random draws. Results
+are medians over rounds. The run also checks that the pixels of validation and test are bit-equal and that video files
+give the same frames. Writes benchmarks/results/data_engine.txt, unless `--only` selects the rows whose names contain
+WORDS.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from datasets.annotations import VideoRecord
 from datasets.flips import SOMETHING_FLIP_PAIRS
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import sample_test, sample_train
-from datasets.transforms import EvalTransform, TrainTransform, normalize_clips
+from datasets.transforms import EvalTransform, TrainTransform, normalize_clips, protocol_resize
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
 from utils.config_schema import FIELDS
 from utils.seeding import sample_rng
@@ -35,7 +36,7 @@ RESULTS = Path("benchmarks/results/data_engine.txt")
 SEED, SEGMENTS, SIZE = 1024, 8, 224
 IMAGE_TMPL = "img_{:05d}.jpg"
 FOLDERS = {"340x256": (340, 256), "427x240": (427, 240)}
-# Name -> size, distance of key frames, ratio to reach.
+# Name -> width, height, distance of key frames, target of the ratio.
 VIDEOS = {
     "340x256, key frame every 250": (340, 256, 250, 1.4),
     "340x256, key frame every 12": (340, 256, 12, 2.0),
@@ -47,9 +48,13 @@ FLIP_LABELS = dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIR
 
 @dataclass(frozen=True)
 class Row:
-    """What is compared: both sides map (epoch, video) to clips (clips, T, 3, S, S), ours uint8, the plain float32.
+    """One comparison.
 
-    `check` raises AssertionError where they must agree and do not, and says in words what it found.
+    name: first part of the printed line
+    goal: target of the ratio of times, or None
+    plain, ours: from (epoch, video) to clips (clips, T, 3, H, W), float32 of the plain pipeline and uint8 of ours
+    check: from (epoch, video) to a statement of what is equal; raises AssertionError if it is not
+    rounds: number of rounds, after one that is not counted
     """
 
     name: str
@@ -71,7 +76,7 @@ def train_row(
     repeats: int = 1,
     rounds: int = 9,
 ) -> Row:
-    """`open_plain(video)` gives the number of frames and what reads them."""
+    """A row of training clips. `open_plain(video)` returns the number of frames and a function that reads frames."""
     labels = FLIP_LABELS if protocol == "something" else {}
     dataset = TrainVideoDataset(
         records=records(kind),
@@ -79,7 +84,7 @@ def train_row(
         reader=reader,
         protocol=protocol,
         num_segments=SEGMENTS,
-        transform=TrainTransform(protocol, SIZE, labels, rand_aug),
+        transform=TrainTransform(protocol, SIZE, protocol_resize(protocol, SIZE), labels, rand_aug),
         seed=SEED,
         num_sample=repeats,
     )
@@ -91,31 +96,31 @@ def train_row(
 
     def plain(epoch: int, video: int) -> torch.Tensor:
         rngs = [sample_rng(SEED, epoch, video, repeat) for repeat in range(repeats)]
-        frames = read(epoch, video)[1]
-        return plain_pipeline.train_clips(frames, dataset.records[video].label, rngs, protocol, SIZE, labels, rand_aug)[
-            0
-        ]
+        frames, label = read(epoch, video)[1], dataset.records[video].label
+        clips, _ = plain_pipeline.train_clips(frames, label, rngs, protocol, SIZE, labels, rand_aug)
+        return clips
 
     def check(epoch: int, video: int) -> str:
         indices, frames = read(epoch, video)
-        opened = reader.open(dataset.records[video])
-        assert np.array_equal(dataset.sample(opened.num_frames, epoch, video), indices), "other frame indices"
-        distinct, places = dataset.read_distinct(opened, indices)
-        for place, frame in zip(places, frames, strict=True):
-            assert np.array_equal(distinct[place], frame), "other frames"
+        with reader.open(dataset.records[video]) as opened:
+            assert np.array_equal(dataset.sample(opened.num_frames, epoch, video), indices), "other frame indices"
+            distinct, places = dataset.read_distinct(opened, indices)
+            for place, frame in zip(places, frames, strict=True):
+                assert np.array_equal(distinct[place], frame), "other frames"
         return "same frames"
 
     return Row(name, goal, plain, lambda epoch, video: dataset[epoch, video]["clips"], check, rounds)
 
 
 def eval_row(name: str, goal: float | None, kind: str, root: Path, protocol: str, clips: int, crops: int) -> Row:
+    """A row of all views of a video."""
     dataset = EvalVideoDataset(
         records=records(kind),
         class_names=None,
         reader=FrameFolderReader(str(root), IMAGE_TMPL),
         protocol=protocol,
         num_segments=SEGMENTS,
-        transform=EvalTransform(protocol, SIZE, crops),
+        transform=EvalTransform(SIZE, protocol_resize(protocol, SIZE), crops),
         num_clips=clips,
     )
 
@@ -129,14 +134,14 @@ def eval_row(name: str, goal: float | None, kind: str, root: Path, protocol: str
         return dataset[video]["clips"]
 
     def check(epoch: int, video: int) -> str:
-        assert torch.equal(normalize_clips(ours(epoch, video)), plain(epoch, video)), "other pixels"
+        assert torch.equal(normalised(ours(epoch, video)), plain(epoch, video)), "other pixels"
         return "pixels bit-equal"
 
     return Row(name, goal, plain, ours, check)
 
 
 def records(kind: str) -> list[VideoRecord]:
-    """Paths relative to the material, the labels 86, 87, ... that a flip changes."""
+    """Records with paths relative to the material and labels 86, 87, ..., which a flip changes."""
     suffix = ".mp4" if kind in VIDEOS else ""
     return [
         VideoRecord(f"{kind}/{video}{suffix}", video_material.FRAMES, 86 + video, kind)
@@ -176,7 +181,7 @@ def all_rows(root: Path) -> list[Row]:
 
 
 def compare(row: Row) -> list[str]:
-    """Medians of seconds over rounds, each round every video once by both sides, and of the ratios of the rounds."""
+    """Return a line with the medians, over rounds, of both times and of their ratio. A round loads every video once."""
     torch.manual_seed(0)
     seconds, clips, sizes, difference = [], 0, (0, 0), []
     for epoch in range(row.rounds + 1):
@@ -204,13 +209,17 @@ def compare(row: Row) -> list[str]:
     ]
 
 
+def normalised(clips: torch.Tensor) -> torch.Tensor:
+    return normalize_clips(clips, plain_pipeline.CLIP_MEAN, plain_pipeline.CLIP_STD)
+
+
 def grey_levels_apart(plain: torch.Tensor, ours: torch.Tensor) -> float:
-    difference = (plain - normalize_clips(ours)) * plain_pipeline.STD * 255
+    difference = (plain - normalised(ours)) * plain_pipeline.STD * 255
     return difference.abs().mean().item()
 
 
 def make_material(root: Path) -> None:
-    """What is not there yet; every video appears when it is complete."""
+    """Generate the missing videos. Each is written to a temporary folder and moved when it is complete."""
     with tempfile.TemporaryDirectory(dir=root) as unfinished:
         for kind, (width, height) in FOLDERS.items():
             for video in range(VIDEOS_OF_A_KIND):
@@ -229,11 +238,13 @@ def make_material(root: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_engine", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", metavar="WORDS", default="", help="rows whose names contain it; writes no file")
+    parser.add_argument(
+        "--only", metavar="WORDS", default="", help="measure only the rows whose names contain WORDS, and write no file"
+    )
     parser.add_argument("--material", type=Path, default=Path(tempfile.gettempdir(), "side4video_material"))
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    # A changed generator does not take old files for its own.
+    # The folder name contains a hash of the generator, so that a changed generator makes new files.
     root = arguments.material / hashlib.sha256(Path(video_material.__file__).read_bytes()).hexdigest()[:12]
     root.mkdir(parents=True, exist_ok=True)
     make_material(root)

@@ -1,11 +1,12 @@
-"""Decoders alone: time of a training clip from several kinds of files, and memory over 2,000 clips.
+"""Measures the video decoders: time per training clip for several kinds of files, and memory over 2,000 clips.
 
     python -m benchmarks.decoders [--clips N]
 
-Time: 8 frames a clip, drawn as training draws them, by the plain use of decord (a frame for each index) and by
-`data.decoder`, in turns, in one process and one thread; medians. Memory: what a process of its own for each decoder
-holds at a tenth of the clips and at the last one; every clip opens its file anew, as training does. Writes
-benchmarks/results/decoders.txt.
+Time: median over rounds, in one process with one thread, for clips of 8 frames drawn as in training. In each round,
+decord's plain indexing (one frame per index) and each value of `data.decoder` read the same clip in turns.
+
+Memory: resident memory of one process per decoder after a tenth of the clips and after the last one. Every clip opens
+its file again, as in training. Writes benchmarks/results/decoders.txt.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from datasets.sampling import kinetics_train
 
 RESULTS = Path("benchmarks/results/decoders.txt")
 SEGMENTS, ROUNDS = 8, 9
-# Name of the file -> codec, width, height, frames, distance of key frames.
+# File name -> codec, width, height, frames, distance of key frames.
 KINDS = {
     "H.264 340x256, key frame every 250.mp4": ("libx264", 340, 256, 250, 250),
     "H.264 340x256, key frame every 12.mp4": ("libx264", 340, 256, 250, 12),
@@ -40,7 +41,7 @@ KINDS = {
     "MPEG-4 320x240, 180 frames.avi": ("mpeg4", 320, 240, 180, 12),
     "HEVC 340x256, key frame every 250.mp4": ("libx265", 340, 256, 250, 250),
 }
-SMALL = [name for name in KINDS if not name.startswith(("H.264 1280x720", "HEVC"))]  # whose memory is measured
+SMALL = [name for name in KINDS if not name.startswith(("H.264 1280x720", "HEVC"))]  # files of the memory measurement
 
 
 def make_material(folder: Path) -> None:
@@ -70,7 +71,7 @@ def read(folder: Path, name: str, decoder: str, rng: np.random.Generator) -> lis
 
 
 def compare(folder: Path, name: str) -> str:
-    """Medians over rounds in which each side reads the same indices; an AssertionError if our decoders differ."""
+    """Return a line with the median times. Raises AssertionError if our decoders return different frames."""
     seconds = {"plain": [], **{decoder: [] for decoder in DECODERS}}
     same = True
     for round_ in range(ROUNDS + 1):
@@ -91,12 +92,12 @@ def compare(folder: Path, name: str) -> str:
 
 
 def same_frames(ours: list[np.ndarray], others: list[np.ndarray]) -> bool:
-    """MPEG-4's inverse transform is not exact: versions of FFmpeg differ by a grey level or two."""
+    """Allow two grey levels: MPEG-4's inverse transform is not exact, and versions of FFmpeg differ."""
     return np.shape(ours) == np.shape(others) and np.abs(np.subtract(ours, others, dtype=int)).max() <= 2
 
 
 def measure_memory(folder: Path, decoder: str, clips: int) -> list[float]:
-    """MiB that this process holds at a tenth of the clips and at the last one."""
+    """Return the resident memory of this process in MiB after a tenth of the clips and after the last one."""
     rng, found = np.random.default_rng(0), []
     for clip in range(1, clips + 1):
         read(folder, SMALL[clip % len(SMALL)], decoder, rng)
@@ -111,7 +112,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--clips", type=int, default=2000, help="clips over which memory is measured")
     parser.add_argument("--material", type=Path, default=Path(tempfile.gettempdir(), "side4video_material"))
     arguments = parser.parse_args(argv)
-    # Changed generators do not take old files for their own.
+    # The folder name contains a hash of the generator, so that a changed generator makes new files.
     sources = Path(video_material.__file__).read_bytes() + repr(KINDS).encode()
     folder = arguments.material / f"decoders-{hashlib.sha256(sources).hexdigest()[:12]}"
     make_material(folder)

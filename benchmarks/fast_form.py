@@ -2,7 +2,7 @@
 
     python -m benchmarks.fast_form
 
-Interleaved runs in one process, float32, medians. Writes benchmarks/results/fast_form.txt.
+Both forms run in turns in one process, in float32; medians. Writes benchmarks/results/fast_form.txt.
 """
 
 import statistics
@@ -30,14 +30,15 @@ SIZES = {
 
 
 def compare(name: str, fast: Callable[[], torch.Tensor], textbook: Callable[[], torch.Tensor]) -> str:
-    """Median seconds of forward and backward of both, taken in turns, and the median of their ratios."""
-    seconds = [(step(fast), step(textbook)) for _ in range(ROUNDS + 1)][1:]  # the first is for warming up
+    """Median seconds of forward and backward of both, run in turns, and the median of the ratios of each round."""
+    seconds = [(step(fast), step(textbook)) for _ in range(ROUNDS + 1)][1:]  # the first round warms up
     ours, theirs = (statistics.median(column) for column in zip(*seconds, strict=True))
     ratio = statistics.median(a / b for a, b in seconds)
     return f"{name}: fast {ours * 1e3:.1f} ms, textbook {theirs * 1e3:.1f} ms, ratio {ratio:.2f}"
 
 
 def step(forward: Callable[[], torch.Tensor]) -> float:
+    """Seconds of forward and backward."""
     started = time.perf_counter()
     forward().sum().backward()
     return time.perf_counter() - started
@@ -50,8 +51,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, {CLIPS} clips of {FRAMES} frames, {ROUNDS} rounds",
     ]
     for name, sizes in SIZES.items():
-        side = SideNetwork(**sizes).train()
-        side.recompute = False  # what that costs: benchmarks/training_step.py
+        side = SideNetwork(**sizes, recompute=False).train()  # benchmarks/training_step.py measures recomputation
         textbook = textbook_of(side, **sizes)
         clips = torch.randn(CLIPS, FRAMES, 3, 224, 224)
         shape = (CLIPS, FRAMES, 1 + sizes["num_patches"], sizes["backbone_width"])

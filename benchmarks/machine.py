@@ -1,4 +1,4 @@
-"""What a figure was measured on: printed above every result."""
+"""Describe the machine that a benchmark ran on; the first line of every result."""
 
 import os
 import platform

@@ -1,10 +1,10 @@
-"""The pipeline everybody writes, which benchmarks/data_engine.py measures the project's own against.
+"""A data pipeline in the usual style: the baseline of benchmarks/data_engine.py and a reference for the tests.
 
-One frame after the other through Pillow: decode, every RandAugment operation on the whole frame, resize of the whole
-frame, crop, resize; then stack, float32, normalise. It is docs/protocol.md section 5 in its plainest form, and tests
-take it as their judge. It stays as it is: changed, it would make earlier ratios incomparable.
+It follows docs/protocol.md, section 5, in the simplest way. Each frame is processed on its own with Pillow: decode,
+RandAugment of the whole frame, resize of the whole frame, crop, resize. Then the frames are stacked, converted to
+float32 and normalised. Do not optimise it: the ratios of earlier benchmark results refer to it as it is.
 
-Letters: R repeats, V views, T frames, S = `size`.
+Letters: R repeats, V views, T frames of a clip, H, W pixels (both `size`).
 """
 
 import math
@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
-STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
 GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 RAND_AUGMENT = rand_augment_transform(
@@ -28,7 +29,7 @@ RAND_AUGMENT = rand_augment_transform(
 
 
 def read_folder(folder: str, image_tmpl: str, indices: Sequence[int]) -> list[Image.Image]:
-    """The frames of a folder of images numbered from 1."""
+    """Read frames from a folder of images that are numbered from 1."""
     frames = []
     for index in indices:
         with Image.open(os.path.join(folder, image_tmpl.format(index + 1))) as image:
@@ -53,7 +54,12 @@ def train_clips(
     flip_labels: Mapping[int, int] | None = None,
     rand_aug: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 (R, T, 3, S, S), normalised, and int64 (R,): one clip of the same frames for each generator."""
+    """Augment the same frames once for each generator.
+
+    Returns:
+        clips: float32 (R, T, 3, H, W), normalised.
+        labels: int64 (R,).
+    """
     samples = [train_clip(frames, label, rng, protocol, size, flip_labels or {}, rand_aug) for rng in rngs]
     return torch.stack([normalise(images) for images, _ in samples]), torch.tensor([label for _, label in samples])
 
@@ -67,7 +73,7 @@ def train_clip(
     flip_labels: Mapping[int, int],
     rand_aug: bool,
 ) -> tuple[list[Image.Image], int]:
-    """One augmented clip as images of `size` x `size`, and its label."""
+    """Return one augmented clip as images of `size` x `size`, and its label."""
     if rand_aug:
         frames = rand_augment(frames, int(rng.integers(2**32)))
     width, height = resized_size(*frames[0].size, protocol, size)
@@ -93,7 +99,7 @@ def train_clip(
 
 
 def rand_augment(frames: Sequence[Image.Image], seed: int) -> list[Image.Image]:
-    """timm's RandAugment of every frame, with the same draws; those that `seeded_globals(seed)` gives."""
+    """Apply timm's RandAugment to every frame, with the draws that `seeded_globals(seed)` gives."""
     word = int(np.random.SeedSequence(seed).generate_state(1)[0])
     augmented = []
     for frame in frames:
@@ -106,7 +112,10 @@ def rand_augment(frames: Sequence[Image.Image], seed: int) -> list[Image.Image]:
 def eval_views(
     frames: Sequence[Image.Image], num_clips: int, num_crops: int, protocol: str, size: int = 224
 ) -> torch.Tensor:
-    """float32 (V, T, 3, S, S), normalised: the frames of all clips, one after the other, in each crop."""
+    """Return the views of a video, float32 (V, T, 3, H, W), normalised, crop by crop.
+
+    `frames` are those of all clips, one clip after the other.
+    """
     width, height = resized_size(*frames[0].size, protocol, size)
     resized = [frame.resize((width, height), BICUBIC) for frame in frames]
     views = []
@@ -117,7 +126,7 @@ def eval_views(
 
 
 def normalise(images: Sequence[Image.Image]) -> torch.Tensor:
-    """float32 (T, 3, S, S)."""
+    """Return a normalised clip, float32 (T, 3, H, W)."""
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return pixels.float().div_(255).sub_(MEAN).div_(STD)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.training_step [--arch ViT-B/16 ...] [--clips 1 2] [--rounds 7] [--eager]
 
-Both sides share one tower with seeded weights and one batch, in float32, and are run in turns in one process. Medians
-of seconds, medians of the ratios of each round. Writes benchmarks/results/training_step_<tower>.txt for each tower.
+All forms share one tower with seeded weights, and one batch, in float32, and run in turns in one process. Medians of
+seconds and of the ratios of each round. Writes benchmarks/results/training_step_<tower>.txt for each tower.
 """
 
 import argparse
@@ -29,28 +29,29 @@ RESULTS = "benchmarks/results/training_step_{}.txt"
 FRAMES, SIZE, CROPS_AND_CLIPS = 8, 224, 3 * 4
 EVA_E = "EVA02-CLIP-bigE-14"
 SIDE_WIDTHS = {"ViT-B/32": 320, "ViT-B/16": 320, "ViT-L/14": 512, EVA_E: 576}
-EVA_BLOCKS = 4  # of 64, which would fill this memory
+EVA_BLOCKS = 4  # of 64, so that it fits into the memory of a small machine
 MIB = 2**20
 
 
 class Model(nn.Module):
-    """Tower and side network as users run them, or the textbook's side network on the same tower."""
+    """A tower and a side network, ours or the textbook's."""
 
-    def __init__(self, tower: FrozenTower, side: nn.Module, recompute: bool | None = None):
+    def __init__(self, tower: FrozenTower, side: nn.Module):
         super().__init__()
-        self.tower, self.side, self.recompute = tower, side, recompute
+        self.tower, self.side = tower, side
 
     def forward(self, clips: Tensor) -> Tensor:
-        if self.recompute is not None:
-            self.side.recompute = self.recompute
+        """Clips (B, T, 3, H, W) -> features (B, S), letters as in modules/side_network.py."""
         return self.side(clips, self.tower.layer_tokens(clips))
 
     def step(self, clips: Tensor) -> None:
+        """Forward and backward."""
         self(clips).sum().backward()
         self.side.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def views(self, clips: Tensor, times: int = 1) -> None:
+        """Evaluate the clips `times` times."""
         self.side.eval()
         for _ in range(times):
             self(clips)
@@ -58,7 +59,7 @@ class Model(nn.Module):
 
 
 def build(arch: str, eager: bool) -> dict[str, Model]:
-    """The forms to compare, by name; only those that are not compiled if `eager`."""
+    """The forms to compare, by name; `eager` leaves out those with a compiled tower. All ours share their weights."""
     torch.manual_seed(0)
     architecture = ARCHITECTURES[arch]
     kwargs = {"depth": EVA_BLOCKS} if arch == EVA_E else {}
@@ -73,20 +74,22 @@ def build(arch: str, eager: bool) -> dict[str, Model]:
         norm_placement=architecture.side_variant,
     )
     side = SideNetwork(**sizes).train()
+    plain = SideNetwork(**sizes, recompute=False).train()
+    plain.load_state_dict(side.state_dict(), assign=True)
     forms = {
         "textbook": Model(tower, textbook_of(side, **sizes)),
-        "recompute": Model(tower, side, True),
-        "no recompute": Model(tower, side, False),
+        "recompute": Model(tower, side),
+        "no recompute": Model(tower, plain),
     }
     if not eager:
         compiled = copy.deepcopy(tower)
         compiled.compile_blocks()
-        forms |= {f"{name}, compiled tower": Model(compiled, side, forms[name].recompute) for name in list(forms)[1:]}
+        forms |= {f"{name}, compiled tower": Model(compiled, forms[name].side) for name in list(forms)[1:]}
     return forms
 
 
 def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Name -> median seconds, and the median of the ratios to the first run of the same round."""
+    """Name -> median seconds, and median of the ratios to the first run of the same round."""
     rows = []
     for _ in range(rounds + 1):
         row = []
@@ -103,7 +106,7 @@ def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str,
 
 
 def floor_bytes(tower: FrozenTower, side_width: int, num_clips: int) -> int:
-    """What the layers take from the tower, and each block's input, nothing else."""
+    """Bytes of the tower's tokens that the layers read and of each block's input, which any form must keep."""
     frames = num_clips * FRAMES
     per_layer = (1 + tower.num_patches) * tower.width * tower.dtype.itemsize + tower.num_patches * side_width * 4
     return frames * len(tower.layers) * per_layer
@@ -117,7 +120,7 @@ def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
     lines = [f"\n{arch}{cut}, {num_clips} clip(s) of {FRAMES} frames"]
 
     textbook, ours = models["textbook"], models["recompute"]
-    half = Model(copy.deepcopy(ours.tower), ours.side, True)
+    half = Model(copy.deepcopy(ours.tower), ours.side)
     half.tower.convert(torch.bfloat16)
     kept = {
         name: measure_memory(lambda model=model: model(clips))[0]
@@ -160,7 +163,7 @@ def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
 
 
 def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) -> str:
-    """Time of the products that each form runs, as operators one by one: what is left if all else cost nothing."""
+    """Time of each form's matrix products alone, run operator by operator: the least that its step can take."""
     parts = []
     for name in ("recompute", "no recompute"):
         seconds = []

@@ -1,9 +1,7 @@
-"""Generated videos that look and compress like filmed ones, to measure data pipelines on.
+"""Generated videos that look and compress like filmed ones, as input of the data benchmarks.
 
-A camera pans and zooms over a ground while textured objects cross it. All textures have the spectrum of filmed scenes,
-amplitude falling with frequency, and every frame has a little noise of its own.
-
-F frames, H x W pixels.
+A camera pans and zooms over a textured background, and textured objects move across it. As in filmed scenes, the
+amplitude of all textures falls with the frequency, and every frame has some noise of its own.
 """
 
 from collections.abc import Iterator
@@ -16,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFilter
 FRAMES, RATE = 250, 25
 JPEG_QUALITY = 90
 OBJECTS = 6
-STEEPNESS = 1.3  # amplitude is frequency to the power of minus this: photographs have 1, frames of filmed video more
-NOISE = 1.0  # standard deviation of what every frame has of its own, in grey levels
+STEEPNESS = 1.3  # amplitude = frequency ** -STEEPNESS; photographs have 1, frames of filmed video more
+NOISE = 1.0  # standard deviation of the noise of a frame, in grey levels
 
 
 def render(seed: int, width: int, height: int) -> Iterator[Image.Image]:
-    """F = 250 frames."""
+    """Yield the FRAMES frames of a video, which `seed` determines."""
     rng = np.random.default_rng((seed, width, height))
     ground = _texture(rng, 2 * width, 2 * height)
     objects = [_object(rng, int(height * rng.uniform(0.2, 0.6))) for _ in range(OBJECTS)]
@@ -46,14 +44,17 @@ def render(seed: int, width: int, height: int) -> Iterator[Image.Image]:
 
 
 def write_images(folder: Path, seed: int, width: int, height: int) -> None:
-    """JPEG files img_00001.jpg ... in a new folder."""
+    """Write a video as JPEG files img_00001.jpg, ... to a new folder."""
     folder.mkdir(parents=True)
     for number, frame in enumerate(render(seed, width, height), 1):
         frame.save(folder / f"img_{number:05d}.jpg", quality=JPEG_QUALITY)
 
 
 def write_video(path: Path, seed: int, width: int, height: int, keys: int) -> None:
-    """H.264 as x264 makes it by default, B-frames included, with a key frame at least every `keys` frames."""
+    """Write a video as H.264 with x264's defaults, which include B-frames, and a key frame every `keys` frames or less.
+
+    Width and height must be even.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"g": str(keys)})
@@ -64,7 +65,7 @@ def write_video(path: Path, seed: int, width: int, height: int, keys: int) -> No
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Coloured 1/f noise, around grey, that uses most of the range."""
+    """Return coloured noise around grey whose amplitude falls with the frequency."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     amplitude = np.maximum(frequency, 1 / max(width, height)) ** -STEEPNESS
     spectrum = np.fft.rfft2(rng.standard_normal((4, height, width))) * amplitude
@@ -75,7 +76,7 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def _object(rng: np.random.Generator, side: int) -> Image.Image:
-    """A textured polygon, RGBA, with soft edges."""
+    """Return a textured polygon with soft edges, RGBA."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
     radii = side / 2 * rng.uniform(0.5, 1, 9)
     mask = Image.new("L", (side, side))
@@ -87,6 +88,6 @@ def _object(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def _path(rng: np.random.Generator, slowest: float, fastest: float) -> np.ndarray:
-    """(F, 3) in 0..1: x, y and zoom swing to and fro, `slowest` to `fastest` times."""
+    """Return x, y and zoom of every frame, (FRAMES, 3) in 0..1: each oscillates `slowest` to `fastest` times."""
     times = np.linspace(0, 1, FRAMES)[:, None]
     return 0.5 + 0.5 * np.sin(2 * np.pi * (rng.uniform(slowest, fastest, 3) * times + rng.random(3)))

@@ -1,5 +1,6 @@
-"""Annotation lists -> VideoRecord, class lists -> names; every error carries file and line."""
+"""Readers of annotation lists and class lists. Every error names the file and the line."""
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ UNLABELLED = -1
 class VideoRecord:
     """One line of an annotation list.
 
-    path: folder or file of the video below the data root, may contain spaces
-    num_frames: number of frame files, None for a video file
-    label: class, zero-based, or UNLABELLED
+    path: folder or file of the video, relative to the data root; may contain spaces
+    num_frames: number of frame files; None for a video file
+    label: zero-based class, or UNLABELLED
     source: "FILE:LINE" of the list, for error messages
     """
 
@@ -31,11 +32,17 @@ class VideoRecord:
 def read_annotations(
     list_path: str, num_classes: int, modality: str = "RGB", unlabelled: bool = False
 ) -> list[VideoRecord]:
-    """Records of a list in file order; blank lines are skipped.
+    """Return the records of a list in file order. Blank lines are skipped.
 
-    Lines read `path num_frames label`, those of `modality` "video" `path label`. Columns are split from the right at
-    spaces or tabs. `unlabelled` accepts a list in which every label is -1. Raises DataError for a file that cannot be
-    read or has no lines, a wrong number of columns, num_frames below 1 and labels outside 0..num_classes-1.
+    A line is `path num_frames label`, or `path label` if `modality` is "video". Columns are separated by spaces or
+    tabs and split from the right, because a path may contain spaces.
+
+    Args:
+        unlabelled: accept a list in which every label is -1.
+
+    Raises:
+        DataError: the file cannot be read or has no lines, a line has too few columns, num_frames is below 1, a label
+            is outside 0..num_classes-1, or some lines have labels and others do not.
     """
     records = []
     for source, line in numbered_lines(list_path):
@@ -50,7 +57,7 @@ def read_annotations(
 
 
 def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
-    """("FILE:LINE", stripped line) of every line of a UTF-8 text file, blank ones too."""
+    """Yield ("FILE:LINE", stripped line) for every line of a UTF-8 text file, including blank lines."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -60,7 +67,7 @@ def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def split_line(source: str, line: str, modality: str) -> list[str]:
-    """The columns of one line, split from the right; DataError for a wrong number of them."""
+    """Split one line into its columns, from the right. Raises DataError if there are too few."""
     columns = COLUMNS[modality]
     values = line.rsplit(maxsplit=len(columns) - 1)
     if len(values) != len(columns):
@@ -69,20 +76,19 @@ def split_line(source: str, line: str, modality: str) -> list[str]:
 
 
 def parse_line(source: str, line: str, num_classes: int, modality: str) -> VideoRecord:
-    """The record of one line, labelled or not, whatever the other lines are; DataError as for `read_annotations`."""
+    """Return the record of one line. Label -1 is accepted; other mistakes raise DataError as in `read_annotations`."""
     path, *num_frames, label = split_line(source, line, modality)
-    if label != str(UNLABELLED):
-        label = _integer(label, f"{source}: label (data.num_classes is {num_classes})", 0, num_classes - 1, line)
+    label_name = f"{source}: label (data.num_classes is {num_classes})"
     return VideoRecord(
         path=path,
         num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,
-        label=int(label),
+        label=UNLABELLED if label == str(UNLABELLED) else _integer(label, label_name, 0, num_classes - 1, line),
         source=source,
     )
 
 
 def check_labelled(record: VideoRecord, first: VideoRecord, unlabelled: bool) -> None:
-    """DataError for label -1 unless `unlabelled`, and for a list of which only a part has labels."""
+    """Raise DataError for label -1 unless `unlabelled`, and if only one of `record` and `first` has a label."""
     if record.label == UNLABELLED and not unlabelled:
         raise DataError(f"{record.source}: label -1 means unlabelled, but training and validation need labels")
     if (record.label == UNLABELLED) != (first.label == UNLABELLED):
@@ -94,9 +100,10 @@ def check_labelled(record: VideoRecord, first: VideoRecord, unlabelled: bool) ->
 def few_shot(
     records: list[VideoRecord], shot: int, class_names: list[str], rng: np.random.Generator
 ) -> list[VideoRecord]:
-    """`shot` videos of each class, chosen by `rng`, in the order of `records`.
+    """Choose `shot` videos of each class with `rng` and return them in the order of `records`.
 
-    Raises DataError naming the first class that has fewer.
+    Raises:
+        DataError: a class has fewer videos; the message names the first such class.
     """
     of_class: list[list[int]] = [[] for _ in class_names]
     for index in rng.permutation(len(records)).tolist():
@@ -108,10 +115,11 @@ def few_shot(
 
 
 def read_class_names(csv_path: str, num_classes: int) -> list[str]:
-    """Names in label order from a csv file with header `id,name`, whose ids are 0..num_classes-1 in any order.
+    """Return the class names in label order from a csv file with the header `id,name`, in any order of rows.
 
-    Raises DataError for another header, a wrong number of columns, an id that is missing, outside or there twice,
-    and a name that is empty or there twice.
+    Raises:
+        DataError: wrong header, wrong number of columns, an id that is missing, repeated or outside
+            0..num_classes-1, or a name that is empty or repeated.
     """
     rows = csv.reader(line for _, line in numbered_lines(csv_path))
     header = [value.strip() for value in next(rows, [])]
@@ -137,11 +145,9 @@ def read_class_names(csv_path: str, num_classes: int) -> list[str]:
 
 
 def _integer(text: str, name: str, low: int, high: int | None, line: str) -> int:
-    try:
+    with contextlib.suppress(ValueError):
         value = int(text)
-    except ValueError:
-        value = None
-    if value is None or value < low or (high is not None and value > high):
-        allowed = f"of at least {low}" if high is None else f"in {low}..{high}"
-        raise DataError(f"{name} must be an integer {allowed}, got {text!r} in the line {line!r}")
-    return value
+        if value >= low and (high is None or value <= high):
+            return value
+    allowed = f"of at least {low}" if high is None else f"in {low}..{high}"
+    raise DataError(f"{name} must be an integer {allowed}, got {text!r} in the line {line!r}")

@@ -1,8 +1,10 @@
-"""What timm adds to training clips on the device: random erasing, mixup and cutmix.
+"""Random erasing, mixup and cutmix of training batches, on the device (docs/protocol.md, section 5).
 
-docs/protocol.md section 5. timm treats single images and draws from the global generators of Python and NumPy; here its
-draws are seeded, and hold for all frames of a clip, which timm is shown as channels of one image. B clips, T frames,
-K classes.
+timm implements all three for single images, with draws from the global generators of Python and NumPy. Here a clip is
+passed to timm as one image with 3 * T channels, so each draw holds for all frames of the clip, and the global
+generators are seeded for the call.
+
+B clips, T frames, H, W pixels, K classes.
 """
 
 import torch
@@ -14,11 +16,12 @@ from utils.seeding import seeded_globals
 
 
 class BatchAugment:
-    """Random erasing, then mixup or cutmix, of a batch on its device, and the smoothed targets of its labels.
+    """Erases a box of some clips, then mixes clips in pairs, and returns the soft targets.
 
-    Erasing replaces one box of a quarter of the clips by noise drawn for each pixel and frame, from PyTorch's global
-    generator. Mixup mixes every clip with its partner, the first with the last and so on, by one lambda for the batch,
-    or cuts the same box out of it; it needs an even number of clips.
+    Erasing changes a quarter of the clips: one box is filled with noise, drawn per pixel and frame from PyTorch's
+    global generator. Mixing pairs the first clip with the last, the second with the last but one, and so on. Each batch
+    draws one lambda and either blends the pairs (mixup) or exchanges a box between them (cutmix). It needs an even
+    number of clips.
     """
 
     def __init__(self, num_classes: int, smoothing: float, rand_erase: bool, mixup: bool, device: torch.device):
@@ -30,15 +33,16 @@ class BatchAugment:
             self.mix = Mixup(0.8, 1.0, switch_prob=0.5, label_smoothing=smoothing, num_classes=num_classes)
 
     def __call__(self, clips: Tensor, labels: Tensor, *key: int) -> tuple[Tensor, Tensor]:
-        """Decisions, boxes and lambda are a function of `key`.
+        """Augment a batch. The same `key` gives the same decisions, boxes and lambda.
 
         Args:
-            clips: float32 (B, T, 3, H, W), contiguous and normalised; changed in place.
+            clips: float32 (B, T, 3, H, W), contiguous and normalised; modified in place.
             labels: int64 (B,).
+            key: integers that seed the draws, such as seed, epoch, iteration and process.
 
         Returns:
             clips: float32 (B, T, 3, H, W).
-            targets: float32 (B, K), probabilities.
+            targets: float32 (B, K), label-smoothed class probabilities.
         """
         images = clips.flatten(1, 2)  # (B, T*3, H, W)
         with seeded_globals(*key):

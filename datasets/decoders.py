@@ -1,6 +1,7 @@
-"""Frames at given indices from a video file, by the libraries that decode it.
+"""Frames of a video file at given indices, decoded by PyAV or decord.
 
-Index i is the i-th frame that is shown. What a decoder cannot give exactly, it does not give: it raises an error.
+Index i is the i-th frame in the order of presentation. A decoder that cannot return exactly the requested frames
+raises. docs/numerics.md compares the two libraries.
 """
 
 import bisect
@@ -17,51 +18,64 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
+from dotmap import DotMap
 
 from datasets.bitstreams import Picture, h264_picture, vp9_picture
 from utils.errors import ConfigError
 
-# decord queues 128 marks behind the last frame, skips them like frames, and waits forever once they are used up. When
-# it skips fewer at once, it is `next` that finds out a file with fewer frames than counted: it takes no mark for one.
+# Most frames that decord skips in one call. In a file with fewer frames than decord counts, `skip_frames` takes the 128
+# end marks behind the last frame for frames, and waits forever after them. A shorter skip leaves some marks, and the
+# following `next` raises at a mark.
 LONGEST_SKIP = 64
 
-# Bytes of packets, or of decoded frames, that are held while a clip is read. What needs more is decoded twice instead.
+# Most bytes of packets, or of decoded frames, that are kept in memory while a clip is read. A file with more bytes of
+# decoded frames is decoded twice instead: once to count its frames and once to read them.
 MOST_HELD = 2**28
 
 
-class VideoFile(Protocol):
-    """An opened video file."""
+class VideoDecoder(Protocol):
+    """A video file opened by a decoding library."""
 
-    num_frames: int
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def decodes_twice(self) -> bool:
+        """Whether counting and reading each decode the file, because its frames are too large to keep."""
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The RGB frames at ascending, distinct indices, uint8 (H, W, 3) each. To be called once."""
+        """Return the RGB frames at ascending, distinct indices, each uint8 (H, W, 3). May be called once."""
 
 
-class DecordVideo:
-    """A video file through decord, in one pass from the first frame.
+class DecordDecoder:
+    """Reads a video file with decord, in one pass from the first frame.
 
-    decord's `get_batch` seeks, and then gives other frames than those it is asked for in many kinds of files; its
-    count includes frames that are never shown (docs/numerics.md). This pass has neither flaw and raises an error where
-    frames are missing. It skips as fast, without converting what it skips, where the file has timestamps.
+    decord's own `get_batch` seeks and so returns wrong frames for many kinds of files, and its frame count includes
+    frames that are never shown (docs/numerics.md). This class avoids both, and raises if frames are missing. In files
+    with time stamps it skips unwanted frames without converting them to RGB, which is as fast as `get_batch`.
     """
+
+    decodes_twice = False
 
     def __init__(self, path: str):
         decord = _import("decord")
         decord.logging.set_level(decord.logging.QUIET)
         if is_mpeg_stream(path):
             raise ValueError("it may lose the first frames of an MPEG program or transport stream")
-        # With any fault_tol above 0 and below 1 / frames, a copy in place of a frame that is missing is an error.
+        # By default decord replaces a missing frame by a copy of another. With a fault_tol above 0 and below
+        # 1 / num_frames it raises instead.
         self._decoder = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
         times = self._decoder.get_frame_timestamp(range(len(self._decoder)))[:, 0]
         self._timed = bool((np.diff(times) > 0).all() and times[-1] >= 0)
-        # Frames before an edit list's start are counted, but the decoder does not give them.
+        # decord counts the frames before the start of an edit list, but does not return them.
         self.num_frames = len(times) - (int((times < 0).sum()) if self._timed else 0)
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        last, stops = indices[-1], range(indices[-1] + 1)
+        last = indices[-1]
+        stops: Sequence[int] = range(last + 1)
         if self._timed:
-            # A skip that ends on a key frame or goes past one is a seek, so it ends before, and `next` takes the step.
+            # `skip_frames` seeks if it reaches or passes a key frame. So a skip ends one frame earlier, and `next`
+            # decodes across the key frame.
             before_keys = (key - 1 for key in self._decoder.get_key_indices() if 0 < key <= last)
             stops = sorted({*indices, *before_keys, *range(0, last, LONGEST_SKIP)})
         wanted, frames, position = set(indices), [], 0
@@ -71,17 +85,18 @@ class DecordVideo:
             frame, position = self._decoder.next(), stop + 1
             if stop in wanted:
                 frames.append(frame.asnumpy())
-        if any(frame.shape[2:] != (3,) for frame in frames):  # decord2 3.4.0, of some files
+        if any(frame.shape[2:] != (3,) for frame in frames):  # decord2 3.4.0 does this for some files
             raise ValueError(f"it gives frames of shape {frames[0].shape}, not of three channels")
         return frames
 
 
-class PyAVVideo:
-    """A video file through PyAV.
+class PyAVDecoder:
+    """Reads a video file with PyAV.
 
-    Where the packets tell all frames (see `read_packet_table`), it decodes only what the wanted frames need, and checks
-    the times of what comes out. It decodes any other file whole to count the frames, and once more if they are too
-    large to be held: `decodes_twice`. A damaged one has the frames before the first packet that cannot be decoded.
+    If the packet headers describe every frame (see `read_packet_table`), only the packets that the wanted frames need
+    are decoded, and the times of the decoded frames are checked. Any other file is decoded completely to count its
+    frames. The frames are kept for `read` if they fit in MOST_HELD bytes; otherwise `read` decodes the file again. A
+    damaged file has the frames before the first packet that cannot be decoded.
     """
 
     def __init__(self, path: str):
@@ -98,15 +113,15 @@ class PyAVVideo:
         return count
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The frames, turned upright as the file asks for."""
+        """Return the frames, rotated as the file's display matrix says."""
         if self._table is not None:
-            if (frames := self._table.read(indices)) is not None:
-                return frames
+            if (read := self._table.read(indices)) is not None:
+                return read
             if (decoded := sum(1 for _ in self._decode())) != self.num_frames:
                 raise ValueError(f"{self.num_frames} packets hold a frame, but {decoded} frames can be decoded")
         wanted, convert = set(indices), _Converter()
-        frames = enumerate(itertools.islice(self._held or self._decode(), indices[-1] + 1))
-        return [convert(frame) for index, frame in frames if index in wanted]
+        frames = itertools.islice(self._held or self._decode(), indices[-1] + 1)
+        return [convert(frame) for index, frame in enumerate(frames) if index in wanted]
 
     def _count(self) -> int:
         if self.decodes_twice:
@@ -119,10 +134,11 @@ class PyAVVideo:
 
 
 def decode_all(path: str | Path, stop_at_damage: bool = False) -> Iterator[Any]:
-    """Every frame of a video file as PyAV gives it, in the order of presentation.
+    """Yield every frame of a video file as a PyAV frame, in the order of presentation.
 
-    Opens the file anew: seeking to the start is not exact in every format. At the first packet that cannot be decoded
-    it raises PyAV's error, or with `stop_at_damage` ends after the frames that the decoder still holds.
+    Each call opens the file, because seeking back to the start is not exact in every format. The first packet that
+    cannot be decoded raises PyAV's error; with `stop_at_damage` it ends the iteration, after the frames that the
+    decoder still holds.
     """
     av = _import("av")
     with av.open(str(path)) as container:
@@ -139,10 +155,13 @@ def decode_all(path: str | Path, stop_at_damage: bool = False) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class PacketTable:
-    """The packets of a video that, undecoded, tell its frames: each packet one, with a time of its own.
+    """The packets of a video in which every packet holds exactly one frame with a time stamp of its own.
 
-    `shown`: the numbers of the packets whose frames are shown, in that order. `entries`: those where decoding may
-    start, the first packet among them.
+    codec: PyAV's codec context, which decodes the packets
+    packets: PyAV's packets, in file order
+    pictures: what the header of each packet says
+    shown: packet numbers in the order in which their frames are shown
+    entries: numbers of the packets at which decoding may start, in ascending order from 0
     """
 
     codec: Any
@@ -152,7 +171,7 @@ class PacketTable:
     entries: list[int]
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray] | None:
-        """The frames at ascending, distinct indices; None if the decoder gives others than the packets tell."""
+        """Return the frames at ascending, distinct indices; None if decoding fails or returns other times."""
         errors = _import("av").FFmpegError
         wanted = {self.packets[self.shown[index]].pts for index in indices}
         needed = self.needed(indices)
@@ -169,8 +188,9 @@ class PacketTable:
         return frames if times == expected else None
 
     def needed(self, indices: Sequence[int]) -> list[int]:
-        """The numbers of the packets to decode: each wanted one, and from the entry before it on those referred to."""
-        needed, place = [], 0
+        """Return the packets to decode: the wanted ones, and the reference pictures since the entry before each."""
+        needed: list[int] = []
+        place = 0
         for number in sorted(self.shown[index] for index in indices):
             entry = self.entries[bisect.bisect_right(self.entries, number) - 1]
             between = range(max(place, entry), number)
@@ -180,29 +200,31 @@ class PacketTable:
 
 
 def read_packet_table(path: str) -> PacketTable | None:
-    """The table of an mp4, mov, mkv or webm file with H.264 or VP9, if its packets leave no doubt; else None.
+    """Return the packet table of a video file, or None if its packet headers do not describe every frame.
 
-    No doubt means: every packet is whole and holds exactly one shown frame, and `presentation` finds their order.
+    They do if the file is mp4, mov, mkv or webm with H.264 or VP9, every packet is intact and shows exactly one frame,
+    and `presentation` finds the order of the frames.
     """
     av, container_format = _import("av"), _timed_container(path)
     if container_format is None or os.path.getsize(path) > MOST_HELD:
         return None
     packets, pictures = [], []
-    # As a rule opening a file decodes its beginning; without a decoder it takes a tenth of the time.
+    # FFmpeg decodes the beginning of a file when it opens it, unless no decoder is allowed. Opening is then about ten
+    # times faster.
     options = {"codec_whitelist": "none"}
     try:
         with av.open(path, format=container_format, options=options) as container:
             stream = _video_stream(container)
             codec = stream.codec_context
-            codec.options = {"strict": "1"}  # what does not say how far it reorders is not guessed at
+            codec.options = {"strict": "1"}  # FFmpeg otherwise guesses the reordering of streams that do not state it
             if (parse := _header_parser(codec.name, codec.extradata or b"")) is None:
                 return None
             for packet in container.demux(stream):
                 if packet.size == 0 and packet.pts is None:
-                    continue  # what ends the stream
-                # Extradata with a packet are other parameter sets, which a seek would miss.
-                told = not packet.is_corrupt and not packet.has_sidedata("new_extradata")
-                picture = parse(memoryview(packet)) if told else None
+                    continue  # the empty packet at the end of the stream
+                # "new_extradata" holds new parameter sets, which would be lost if this packet were skipped.
+                usable = not packet.is_corrupt and not packet.has_sidedata("new_extradata")
+                picture = parse(memoryview(packet)) if usable else None
                 if picture is None:
                     return None
                 packets.append(packet)
@@ -217,15 +239,17 @@ def read_packet_table(path: str) -> PacketTable | None:
 
 
 def presentation(times: Sequence[int | None], pictures: Sequence[Picture]) -> tuple[list[int], list[int]] | None:
-    """(the numbers of the packets in the order of `times`, those of the entries); None if anything is contradictory.
+    """Return (packet numbers in the order of presentation, packet numbers of the entries).
 
-    Times must be distinct, and reorder packets exactly if a packet says that it is reordered. The first packet must be
-    an entry, no packet may be shown across an entry, and parameter sets may come with entries only.
+    Return None if times and headers contradict each other, or if packets cannot be skipped safely. Required are:
+    distinct times, which reorder the packets exactly if some picture is `reordered`; an entry as the first packet; all
+    packets before an entry shown before all packets from the entry on; parameter sets in entries only.
     """
     entries = [number for number, picture in enumerate(pictures) if picture.entry]
-    if not entries or entries[0] != 0 or None in times or len(set(times)) < len(times):
+    known = [time for time in times if time is not None]
+    if not entries or entries[0] != 0 or len(set(known)) < len(times):
         return None
-    order = sorted(range(len(times)), key=times.__getitem__)
+    order = sorted(range(len(known)), key=known.__getitem__)
     if any(picture.reordered for picture in pictures) != (order != list(range(len(order)))):
         return None
     latest = list(itertools.accumulate(order, max))
@@ -234,12 +258,12 @@ def presentation(times: Sequence[int | None], pictures: Sequence[Picture]) -> tu
     if any(picture.parameter_sets and not picture.entry for picture in pictures):
         return None
     if len({pictures[number].parameter_sets for number in entries}) > 1:
-        entries = [0]  # a later entry may need the parameter sets of an earlier one
+        entries = [0]  # with several parameter sets, a later entry may need those of an earlier one
     return order, entries
 
 
 def _timed_container(path: str) -> str | None:
-    """What FFmpeg calls the container, by the file's first bytes, if it is one that says when each packet is shown."""
+    """Return FFmpeg's name of the container, found from the first bytes, if it stores a time for each packet."""
     with open(path, "rb") as file:
         head = file.read(8)
     if head.startswith(b"\x1a\x45\xdf\xa3"):
@@ -250,13 +274,13 @@ def _timed_container(path: str) -> str | None:
 def _header_parser(codec: str, extradata: bytes) -> Callable[[memoryview], Picture | None] | None:
     if codec == "vp9":
         return vp9_picture
-    if codec == "h264" and len(extradata) > 4 and extradata[0] == 1:  # units have a length before them
+    if codec == "h264" and len(extradata) > 4 and extradata[0] == 1:  # each unit is preceded by its length
         return functools.partial(h264_picture, length_size=(extradata[4] & 3) + 1)
     return None
 
 
 def decoded_size(path: str) -> int:
-    """About how many bytes all frames of a file have once they are decoded: 12 bits a pixel, a frame a packet."""
+    """Estimate the bytes of all decoded frames of a file: one frame per packet, 12 bits per pixel."""
     av = _import("av")
     with av.open(path) as container, contextlib.suppress(av.FFmpegError):
         stream, packets = _video_stream(container), 0
@@ -266,12 +290,12 @@ def decoded_size(path: str) -> int:
 
 
 class _Converter:
-    """PyAV's frames -> uint8 (H, W, 3), upright, on one thread."""
+    """Converts PyAV frames to RGB arrays, uint8 (H, W, 3), rotated upright, on one thread."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         av = _import("av")
         self._reformatter = av.video.reformatter.VideoReformatter()
-        # From 17.0 on, PyAV converts on all cores unless told not to.
+        # PyAV 17.0 and later convert on all cores by default.
         self._threads = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
     def __call__(self, frame: Any) -> np.ndarray:
@@ -287,15 +311,14 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
-DECODERS: dict[str, Callable[[str], VideoFile]] = {"pyav": PyAVVideo, "decord": DecordVideo}
+DECODERS: dict[str, Callable[[str], VideoDecoder]] = {"pyav": PyAVDecoder, "decord": DecordDecoder}
 
-
-# Decoder -> its name, and the packages that may bring it.
+# Decoder -> its name, and the packages that may provide it.
 _PACKAGES = {"pyav": ("PyAV", "av"), "decord": ("decord", "decord", "decord2")}
 
 
-def describe_decoder(data: Any) -> str | None:
-    """What `data.decoder` stands for, with the versions: "PyAV 18.1.0"; None where no video files are read."""
+def describe_decoder(data: DotMap) -> str | None:
+    """Return name and version of `data.decoder`, such as "PyAV 18.1.0"; None if no video files are read."""
     if data.modality != "video":
         return None
     names = list(DECODERS) if data.decoder == "auto" else [data.decoder]
@@ -310,7 +333,7 @@ def _version(packages: Sequence[str]) -> str:
 
 
 def is_mpeg_stream(path: str) -> bool:
-    """Whether the file starts like a transport stream (packets of 188 bytes, or 192 in m2ts) or a program stream."""
+    """Return whether a file starts like an MPEG program stream or transport stream (188 or 192 bytes per packet)."""
     with open(path, "rb") as file:
         head = file.read(197).ljust(197, b"\0")
     return head.startswith(b"\0\0\1\xba") or head[0] == head[188] == 0x47 or head[4] == head[196] == 0x47
@@ -319,7 +342,7 @@ def is_mpeg_stream(path: str) -> bool:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: a shared library that it needs is missing
+    except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing
         raise ConfigError(
             f"data.decoder: {name} cannot be imported ({error}); install requirements.txt, or set another decoder"
         ) from error

@@ -1,6 +1,9 @@
-"""Config -> DataLoader: which process sees which video when, and how samples become batches."""
+"""Builds the data loaders of a configuration: the order of videos, their share per process, and batches.
 
-from collections.abc import Iterator, Sized
+B clips (repeats and views counted), T frames of a clip, H, W pixels, V views of a test video.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +20,18 @@ from utils.seeding import epoch_order, shot_rng
 
 
 class VideoLoader(DataLoader):
-    """Batches of tensors; `unreadable` lists the videos that this pass could not read: [(index, why in one line)].
+    """Yields batches of tensors.
 
-    `carried` goes into that list at the start of the next pass: the part of it that a resumed epoch has behind it.
+    `unreadable` lists the videos that could not be read since the last start of an iteration, each as
+    (index, message of one line). `carried` is added to this list when the next iteration starts: a resumed epoch puts
+    the videos there that could not be read before it was interrupted.
     """
 
+    dataset: VideoDataset
     unreadable: list[tuple[int, str]]
     carried: list[tuple[int, str]] = []
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]  # torch says: a private class
         self.unreadable, self.carried = list(self.carried), []
         return self._batches()
 
@@ -36,13 +42,20 @@ class VideoLoader(DataLoader):
 
 
 def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> VideoLoader:
-    """Batches of `data.batch_size` videos in this process's share of an order that changes with the epoch.
+    """Return a loader of this process's share of the training videos, in an order that changes with the epoch.
 
     A batch is {"clips": uint8 (B, T, 3, H, W), "labels": int64 (B,), "indices": int64 (batch_size,)} with
-    B = batch_size * num_sample, repeats of a video side by side (a a b b). Call `loader.sampler.set_epoch(epoch)`
-    before each epoch. `len(loader)` is a multiple of `solver.grad_accumulation_steps`: what is left of the order is
-    not used in that epoch. `data.on_error: skip` replaces videos that cannot be read. Raises DataError when the videos
-    do not fill one step.
+    B = batch_size * num_sample; the repeats of a video are next to each other (a a b b). Call
+    `loader.sampler.set_epoch(epoch)` before each epoch. `len(loader)` is a multiple of
+    `solver.grad_accumulation_steps`; videos that do not fill another step are left out of the epoch. With
+    `data.on_error: skip`, videos that cannot be read are replaced.
+
+    Args:
+        config: a resolved configuration.
+
+    Raises:
+        DataError: the lists cannot be used, or the videos do not fill one step.
+        ConfigError: the flip pairs are not known (see `flip_pairs`).
     """
     data = config.data
     common = _common_parts(config, data.train_root, data.train_list)
@@ -79,14 +92,22 @@ def build_eval_loader(
     dense: bool | None = None,
     unlabelled: bool = False,
 ) -> VideoLoader:
-    """Every video of `data.val_list` once over all processes, in list order, with V = crops x clips views.
+    """Return a loader of this process's share of `data.val_list`, in list order, with V = crops * clips views each.
 
-    A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64 (videos,), "indices": int64 (videos,)}, the
-    views of a video side by side. Batches hold as many whole videos as fit `test.view_batch` views, at least one.
-    `dense=None` takes `data.dense`; `unlabelled` accepts a list in which every label is -1.
+    Over all processes, every video is loaded once. A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64
+    (videos,), "indices": int64 (videos,)}; the views of a video are next to each other. A batch has as many videos as
+    fit into `test.view_batch` views, at least one.
 
-    A video file that cannot be read is left out of its batch and listed in `loader.unreadable`; a frame folder only
-    with `data.on_error: skip`, else its DataError stops the run.
+    A video file that cannot be read is left out of its batch and listed in `loader.unreadable`. A frame folder that
+    cannot be read raises its DataError, unless `data.on_error` is `skip`.
+
+    Args:
+        config: a resolved configuration.
+        dense: whether sampling is dense; None takes `data.dense`.
+        unlabelled: accept a list in which every label is -1.
+
+    Raises:
+        DataError: the lists cannot be used.
     """
     data = config.data
     common = _common_parts(config, data.val_root, data.val_list, unlabelled)
@@ -102,9 +123,9 @@ def build_eval_loader(
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) keys: this process's share of a permutation that (seed, epoch) alone determine.
+    """Yields (epoch, index) for `share` videos of this process, in an order that depends on (seed, epoch) only.
 
-    The epoch travels with the index, so that workers which outlive an epoch need not be told.
+    The key contains the epoch because persistent workers keep their copy of the data set from epoch to epoch.
     """
 
     def __init__(self, num_videos: int, share: int, seed: int, rank: int, world_size: int):
@@ -129,7 +150,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fold repeats and views into the batch axis; the lists of unreadable videos become one."""
+    """Concatenate the tensors of samples along the first axis, and their lists of unreadable videos."""
     unreadable = [video for sample in samples for video in sample.pop("unreadable")]
     return {**{name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}, "unreadable": unreadable}
 
@@ -151,7 +172,9 @@ def _reader(data: DotMap, root: str) -> Reader:
     return FrameFolderReader(root, data.image_tmpl, data.count_frames, data.index_base)
 
 
-def _loader(config: DotMap, dataset: VideoDataset, sampler: Sized, batch_size: int) -> VideoLoader:
+def _loader(
+    config: DotMap, dataset: VideoDataset, sampler: EpochSampler | Sequence[int], batch_size: int
+) -> VideoLoader:
     workers = config.data.workers
     return VideoLoader(
         dataset,
@@ -162,6 +185,7 @@ def _loader(config: DotMap, dataset: VideoDataset, sampler: Sized, batch_size: i
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=config.data.prefetch if workers > 0 else None,
-        # The loader draws a seed for its workers, which nothing uses: not from the generator that dropout draws from.
+        # A DataLoader draws a seed for its workers. Nothing uses it, so it must not advance the global generator, from
+        # which dropout draws.
         generator=torch.Generator(),
     )

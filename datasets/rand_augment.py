@@ -1,13 +1,21 @@
-"""RandAugment of the frames of a clip, as timm does it to single images, and grayscale, in compiled loops.
+"""timm's RandAugment for the frames of a clip, and grayscale, as compiled loops.
 
-timm draws: which operations, with which arguments. What they do is done here, with Pillow's arithmetic, to arrays uint8
-(H, W, 3). Operations that replace values by values are not carried out: they change the `levels`, uint8 (3, 256), which
-hold for each channel what the frame's values stand for, until an operation that mixes pixels or channels reads them.
+timm draws the operations and their arguments. The loops here apply them to frames, uint8 (H, W, 3), with Pillow's
+arithmetic. There are three kinds of operations:
+
+- value operations (Invert, Posterize, ...) replace each value by another that depends on the value and channel only;
+- measuring operations (Equalize, ...) do the same, but the replacement depends on the histogram of the frame;
+- mixing operations (Rotate, Sharpness, ...) combine several pixels or channels.
+
+The first two kinds do not touch the frame. They are collected in `levels`, uint8 (3, 256): the current value of a pixel
+is levels[channel, value in the frame]. The next mixing operation, or the resize, applies them.
+
+T frames of a clip, H, W pixels.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,18 +25,22 @@ from timm.data.auto_augment import rand_augment_transform
 
 from utils.seeding import seeded_globals
 
-FILL = 128  # beyond the frame's edges
-_TILE = 32  # rows that are read side by side
-_EPSILON = np.float32(1e-4)  # so that rounding does not take a whole number for the one below, where it is cut off
+FILL = 128  # value of pixels from outside the frame
+_TILE = 32  # rows that are transposed together
+_EPSILON = np.float32(1e-4)  # added before truncation, so that rounding errors do not turn 7.0 into 6
 _IDENTITY = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
-_RAMP = Image.fromarray(np.ascontiguousarray(_IDENTITY.T[None]))  # one pixel of each grey
+_RAMP = Image.fromarray(np.ascontiguousarray(_IDENTITY.T[None]))  # an image with one pixel of each value
 
-Operation = tuple[Any, ...]  # timm's name of it and its arguments
+Operation = tuple[Any, ...]  # timm's name of an operation, and its arguments
 
 
-def _recorder() -> tuple[Any, dict[str, Any]]:
-    """timm's RandAugment that, given (), returns the operations it would carry out, and their functions by name."""
-    augment = rand_augment_transform("rand-m7-n4-mstd0.5-inc1", {"translate_const": 115, "img_mean": (FILL,) * 3})
+def _recorder() -> tuple[Callable[[tuple[Operation, ...]], tuple[Operation, ...]], dict[str, Callable]]:
+    """Return timm's RandAugment, changed to record operations, and timm's functions by name of the operation.
+
+    Each operation appends (name, *arguments) to a tuple instead of changing an image. Called with an empty tuple, the
+    recorder returns the operations that timm would apply.
+    """
+    augment: Any = rand_augment_transform("rand-m7-n4-mstd0.5-inc1", {"translate_const": 115, "img_mean": (FILL,) * 3})
     functions = {}
     for op in augment.ops:
         functions[op.name] = op.aug_fn
@@ -40,41 +52,47 @@ RAND_AUGMENT, _FUNCTIONS = _recorder()
 
 
 def draw_operations(seed: int) -> tuple[Operation, ...]:
-    """The operations for a clip, a function of `seed`."""
+    """Draw the operations of a clip. The same `seed` gives the same operations."""
     with seeded_globals(seed):
         return RAND_AUGMENT(())
 
 
 def rand_augment(frame: np.ndarray, operations: Sequence[Operation]) -> tuple[np.ndarray, np.ndarray | None]:
-    """The frame after the operations, and the levels of its values, if any are pending."""
+    """Apply the operations to one frame.
+
+    Returns:
+        frame: uint8 (H, W, 3); the argument itself if no operation mixes.
+        levels: uint8 (3, 256), still to be applied, or None.
+    """
     levels = None
     for name, *arguments in operations:
         if name in _MIXING:
             pixels = frame if levels is None else _replaced(frame, levels)
             frame, levels = _MIXING[name](pixels, *arguments), None
         elif name in _MEASURING:
-            levels = _then(levels, _MEASURING[name](frame, levels, *arguments))
+            levels = _composed(levels, _MEASURING[name](frame, levels, *arguments))
         else:
-            levels = _then(levels, _value_table(name, *arguments))
+            levels = _composed(levels, _value_table(name, *arguments))
     return frame, levels
 
 
-def _then(levels: np.ndarray | None, table: np.ndarray) -> np.ndarray:
-    """What the values stand for after `table` has replaced what they stood for."""
+def _composed(levels: np.ndarray | None, table: np.ndarray) -> np.ndarray:
+    """Return the levels after `table`, uint8 (3, 256), has replaced the values that `levels` gives."""
     return table if levels is None else np.stack([new[old] for new, old in zip(table, levels, strict=True)])
 
 
-@functools.lru_cache(maxsize=64)  # the same for all frames of a clip
+@functools.lru_cache(maxsize=64)  # all frames of a clip need the same table
 def _value_table(name: str, *arguments: float) -> np.ndarray:
-    """What timm's operation makes of each value, uint8 (3, 256)."""
+    """Return what timm's operation turns each value into, uint8 (3, 256)."""
     return _table_of(_FUNCTIONS[name](_RAMP, *arguments))
 
 
 def _table_of(ramp: Image.Image) -> np.ndarray:
+    """Return the table, uint8 (3, 256), of an operation that turned _RAMP into `ramp`."""
     return np.ascontiguousarray(np.asarray(ramp)[0].T)
 
 
-# Operations that replace values by values, which ones depends on the frame
+# Measuring operations: (frame, levels, arguments) -> table, uint8 (3, 256)
 
 
 def _auto_contrast(frame: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
@@ -100,13 +118,13 @@ def _equalize(frame: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
 
 
 def _contrast(frame: np.ndarray, levels: np.ndarray | None, factor: float) -> np.ndarray:
-    total = _sum_of__luma(frame, _IDENTITY if levels is None else levels)
+    total = _sum_luma(frame, _IDENTITY if levels is None else levels)
     mean = int(total / (frame.shape[0] * frame.shape[1]) + 0.5)
     return _table_of(Image.blend(Image.new("RGB", _RAMP.size, (mean, mean, mean)), _RAMP, factor))
 
 
 def _histogram(frame: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
-    """int64 (3, 256)."""
+    """Return how often each value occurs per channel, after `levels`, int64 (3, 256)."""
     counts = _count(frame)
     if levels is None:
         return counts
@@ -115,7 +133,7 @@ def _histogram(frame: np.ndarray, levels: np.ndarray | None) -> np.ndarray:
     )
 
 
-# Operations that mix pixels or channels
+# Mixing operations: (frame, arguments) -> frame
 
 
 def _rotate(frame: np.ndarray, degrees: float) -> np.ndarray:
@@ -143,15 +161,19 @@ def _translate_y(frame: np.ndarray, share: float) -> np.ndarray:
 
 
 def _color(frame: np.ndarray, factor: float) -> np.ndarray:
-    return _blend_with__luma(frame, np.float32(factor))
+    return _blend_with_luma(frame, np.float32(factor))
 
 
 def _sharpness(frame: np.ndarray, factor: float) -> np.ndarray:
     return _blend_with_smooth(frame, np.float32(factor))
 
 
-_MEASURING = {"AutoContrast": _auto_contrast, "Equalize": _equalize, "ContrastIncreasing": _contrast}
-_MIXING = {
+_MEASURING: dict[str, Callable[..., np.ndarray]] = {
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+    "ContrastIncreasing": _contrast,
+}
+_MIXING: dict[str, Callable[..., np.ndarray]] = {
     "Rotate": _rotate,
     "ShearX": _shear_x,
     "ShearY": _shear_y,
@@ -167,13 +189,13 @@ def _count(frame):
     counts = np.zeros((3, 256), np.int64)
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
-            for c in range(3):
-                counts[c, frame[y, x, c]] += 1
+            for channel in range(3):
+                counts[channel, frame[y, x, channel]] += 1
     return counts
 
 
 @njit(cache=True)
-def _sum_of__luma(frame, levels):
+def _sum_luma(frame, levels):
     total = 0
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
@@ -184,14 +206,14 @@ def _sum_of__luma(frame, levels):
 
 @njit(cache=True)
 def _luma(red, green, blue):
-    """Pillow's, of `convert("L")`."""
+    """The luma of Pillow's `convert("L")`."""
     weighted = np.int32(19595) * np.int32(red) + np.int32(38470) * np.int32(green) + np.int32(7471) * np.int32(blue)
     return np.uint8(np.int32(weighted + 32768) >> 16)
 
 
 @njit(cache=True)
 def grayscale(clip: np.ndarray) -> None:
-    """Pillow's luma, `convert("L")`, in all three channels of a uint8 clip (T, 3, H, W), which it changes."""
+    """Replace all channels of a clip, uint8 (T, 3, H, W), by the luma of Pillow's `convert("L")`, in place."""
     gray = np.empty(clip.shape[3], np.uint8)
     for frame in clip:
         for y in range(clip.shape[2]):
@@ -203,23 +225,24 @@ def grayscale(clip: np.ndarray) -> None:
 
 @njit(cache=True)
 def _blend(other, value, factor):
-    """Pillow's: `other` moved towards `value`, by `factor` of the way."""
+    """Pillow's blend: other + factor * (value - other), truncated to 0..255."""
     blended = np.float32(other) + factor * (np.float32(value) - np.float32(other))
     return np.uint8(np.int32(min(max(blended, np.float32(0)), np.float32(255))))
 
 
 @njit(cache=True)
 def _replaced(frame, levels):
+    """Apply levels, uint8 (3, 256)."""
     out = np.empty_like(frame)
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
-            for c in range(3):
-                out[y, x, c] = levels[c, frame[y, x, c]]
+            for channel in range(3):
+                out[y, x, channel] = levels[channel, frame[y, x, channel]]
     return out
 
 
 @njit(cache=True)
-def _blend_with__luma(frame, factor):
+def _blend_with_luma(frame, factor):
     out = np.empty_like(frame)
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
@@ -233,14 +256,14 @@ def _blend_with__luma(frame, factor):
 
 @njit(cache=True)
 def _blend_with_smooth(frame, factor):
-    """Pillow's SMOOTH: (the sum of the nine neighbours + 4 of the pixel) / 13; the outermost pixels stay."""
+    """Blend with Pillow's SMOOTH filter: weight 5 for the pixel, 1 for its 8 neighbours. The border stays as it is."""
     height, width, _ = frame.shape
     out = frame.copy()
     old, new = frame.reshape(height, -1), out.reshape(height, -1)
     inner = (width - 2) * 3
     for y in range(1, height - 1):
         above, line, below = old[y - 1], old[y], old[y + 1]
-        a, b, c = above[:inner], above[3:-3], above[6:]
+        a, b, c = above[:inner], above[3:-3], above[6:]  # the neighbours, in reading order, are a to h
         d, pixel, e = line[:inner], line[3:-3], line[6:]
         f, g, h = below[:inner], below[3:-3], below[6:]
         blended = new[y, 3:-3]
@@ -254,23 +277,23 @@ def _blend_with_smooth(frame, factor):
 
 @njit(cache=True)
 def _cubic(a, b, c, d, part):
-    """Pillow's interpolation of its transforms, `part` of the way from b to c."""
+    """Pillow's cubic interpolation between b and c, at `part` of the way; a and d are the outer neighbours."""
     return b + part * ((c - a) + part * ((np.float32(2) * (a - b) + c - d) + part * (b - a + d - c)))
 
 
 @njit(cache=True)
 def _byte(value):
-    """Cut off, as in Pillow's transforms, not rounded."""
+    """Clip to 0..255 and truncate, as Pillow's transforms do."""
     return np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
 
 
 @njit(cache=True)
 def _shift_rows(frame, shifts):
-    """Pixel x of row y is taken from x + shifts[y]."""
+    """Take pixel x of row y from position x + shifts[y] of that row."""
     height, width, _ = frame.shape
     out = np.full(frame.shape, FILL, np.uint8)
     old, new = frame.reshape(height, -1), out.reshape(height, -1)
-    line = np.empty((width + 4) * 3, np.float32)  # a row and twice its first and its last pixel
+    line = np.empty((width + 4) * 3, np.float32)  # a row with its first and its last pixel repeated twice
     for y in range(height):
         line[6:-6] = old[y]
         for x in range(2):
@@ -293,23 +316,23 @@ def _shift_rows(frame, shifts):
 
 @njit(cache=True)
 def _transposed(frame):
-    """Rows become columns."""
+    """Exchange rows and columns."""
     height, width, _ = frame.shape
     out = np.empty((width, height, 3), np.uint8)
     for top in range(0, height, _TILE):
         for x in range(width):
             for y in range(top, min(top + _TILE, height)):
-                for c in range(3):
-                    out[x, y, c] = frame[y, x, c]
+                for channel in range(3):
+                    out[x, y, channel] = frame[y, x, channel]
     return out
 
 
 @njit(cache=True, fastmath={"contract"})
 def _turn(frame, cos, sin, right, down):
-    """Pixel (x, y) is taken from (cos x + sin y + right, cos y - sin x + down)."""
+    """Take pixel (x, y) from the position (cos * x + sin * y + right, cos * y - sin * x + down)."""
     height, width, _ = frame.shape
     out = np.full(frame.shape, FILL, np.uint8)
-    old = _with_margin(frame)  # four values a pixel: one register
+    old = _with_margin(frame)  # four values per pixel, which fill one vector register
     stride = np.uint64(4 * (width + 4))
     weights = np.empty((8, width), np.float32)
     places = np.empty(width, np.uint64)
@@ -343,8 +366,8 @@ def _turn(frame, cos, sin, right, down):
                 value = w0 * mixed[i] + w1 * mixed[4 + i] + w2 * mixed[8 + i] + w3 * mixed[12 + i]
                 values[4 * x + i] = value + _EPSILON
         for x in range(start, stop):
-            for c in range(3):
-                out[y, x, c] = _byte(values[4 * x + c])
+            for channel in range(3):
+                out[y, x, channel] = _byte(values[4 * x + channel])
     return out
 
 
@@ -355,11 +378,12 @@ def _inside(x, y, width, height):
 
 @njit(cache=True)
 def _with_margin(frame):
-    """float32, flat: (H + 4, W + 4, 4), the edges go on for two pixels, and the last value of a pixel is 0."""
+    """Return float32 (H + 4, W + 4, 4), flattened: each edge is repeated twice, and the fourth value is 0."""
     height, width, _ = frame.shape
     out = np.zeros((height + 4, width + 4, 4), np.float32)
     for y in range(height + 4):
         for x in range(width + 4):
-            for c in range(3):
-                out[y, x, c] = frame[min(max(y - 2, 0), height - 1), min(max(x - 2, 0), width - 1), c]
+            row, column = min(max(y - 2, 0), height - 1), min(max(x - 2, 0), width - 1)
+            for channel in range(3):
+                out[y, x, channel] = frame[row, column, channel]
     return out.reshape(-1)

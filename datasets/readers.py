@@ -1,15 +1,13 @@
-"""Frames at given indices from where a data set keeps them: folders of images, or video files.
+"""Frames of a data set at given indices, from folders of images or from video files.
 
-`reader.open(record)` gives a `Video`, which is dropped after its clip: no file stays open. A video or frame that cannot
-be read is a DataError that names its file.
+`reader.open(record)` returns an `OpenedVideo`, which is used for one clip. Its files are closed when it is dropped. A
+video or frame that cannot be read raises a DataError that names its file.
 """
 
 import contextlib
 import io
 import os
 import re
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,54 +19,90 @@ from PIL import Image
 from datasets.annotations import VideoRecord
 from datasets.decoders import DECODERS, is_mpeg_stream
 from datasets.frame_files import frame_pattern
-from utils.errors import ConfigError, DataError, UserError
+from utils.errors import DataError, UserError
 
 JPEG_START = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
-class Video:
-    """An opened video: `read(indices)`, to be called once, gives the frames at ascending, distinct indices.
+class OpenedVideo:
+    """A video whose frames can be read; a context manager that reuses the memory of the frames.
 
-    A frame is RGB, uint8 (H, W, 3), contiguous.
+    `read(indices)` returns the frames at ascending, distinct indices, each RGB, uint8 (H, W, 3), contiguous. It may be
+    called once. `close()`, or the end of a `with` block, gives the memory of these frames back to the reader, and later
+    videos overwrite it. A video that is never closed keeps its frames.
     """
 
     num_frames: int
     read: Callable[[Sequence[int]], list[np.ndarray]]
+    close: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> "OpenedVideo":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class Reader(Protocol):
-    """The videos below a data root."""
+    """Opens the videos below a data root."""
 
-    def open(self, record: VideoRecord) -> Video: ...
+    def open(self, record: VideoRecord) -> OpenedVideo: ...
+
+
+class FrameBuffers:
+    """Memory for the decoded frames of one clip.
+
+    Memory fresh from the operating system costs about a third of the time that decoding a JPEG frame takes. So blocks
+    are reused: `take` prefers a block of `free`, and `release` puts all taken blocks there. Clips that share the list
+    `free` never share a block that is in use.
+    """
+
+    def __init__(self, free: list[np.ndarray]):
+        self._free = free
+        self._taken: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """Return a one-dimensional uint8 array of at least `size` elements, which nobody else uses until `release`."""
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(size, np.uint8)
+        if len(block) < size:  # a small block is dropped, so that all blocks become as large as the largest frames
+            block = np.empty(size, np.uint8)
+        self._taken.append(block)
+        return block
+
+    def release(self) -> None:
+        """Give back all blocks. Arrays in them must no longer be used."""
+        self._free += self._taken
+        self._taken = []
 
 
 class FrameFolderReader:
-    """Videos stored as one image file per frame: index i is the file `image_tmpl.format(i + index_base)`.
+    """Reads videos that are stored as one image file per frame.
 
-    A video has as many frames as the list says or, with `count_frames`, as there are files in its folder whose names
-    are `image_tmpl` with any digits for the number.
+    Index i is the file `image_tmpl.format(i + index_base)`. The number of frames is that of the list or, with
+    `count_frames`, the number of files in the folder that are named like `image_tmpl`, with any digits as the number.
     """
 
     def __init__(self, root: str, image_tmpl: str, count_frames: bool = False, index_base: int = 1):
-        """Raises ConfigError for a template that does not make a file name of a number."""
-        try:
-            numbered = image_tmpl.format(1) != image_tmpl.format(2)
-        except (ValueError, LookupError):
-            numbered = False
-        if not numbered:
-            raise ConfigError(
-                f"data.image_tmpl: {image_tmpl!r} does not turn a frame number into a file name, "
-                "write it like 'img_{:05d}.jpg'"
-            )
         self.root = root
         self.image_tmpl = image_tmpl
         self.count_frames = count_frames
         self.index_base = index_base
+        self._free_blocks: list[np.ndarray] = []  # of FrameBuffers
 
-    def open(self, record: VideoRecord) -> Video:
+    def open(self, record: VideoRecord) -> OpenedVideo:
+        """Raises DataError if frames are counted and there are none."""
         num_frames = self._count(record) if self.count_frames else record.num_frames
-        return Video(num_frames, lambda indices: [self._read_frame(record, num_frames, index) for index in indices])
+        assert num_frames is not None  # lists of frame folders have this column
+        buffers = FrameBuffers(self._free_blocks)
+
+        def read(indices: Sequence[int]) -> list[np.ndarray]:
+            return [self._read_frame(record, num_frames, index, buffers) for index in indices]
+
+        return OpenedVideo(num_frames, read, buffers.release)
 
     def _count(self, record: VideoRecord) -> int:
         folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
@@ -80,104 +114,83 @@ class FrameFolderReader:
             f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
         )
 
-    def _read_frame(self, record: VideoRecord, num_frames: int, index: int) -> np.ndarray:
+    def _read_frame(self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
         try:
             with open(path, "rb") as file:
-                return decode_image(file.read())
-        except FileNotFoundError as error:
-            advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
-            problem, cause = "frame missing", error
-        except Exception as error:  # broken files make Pillow raise many kinds, SyntaxError and struct.error among them
-            problem, advice, cause = f"frame unreadable ({error})", "extract it again", error
-        listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
-        raise DataError(f"{path}: {problem}; {listed}; {advice}") from cause
+                return decode_image(file.read(), buffers)
+        except Exception as error:  # for broken files Pillow raises many types, among them SyntaxError and struct.error
+            if isinstance(error, FileNotFoundError):
+                problem = "frame missing"
+                advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
+            else:
+                problem, advice = f"frame unreadable ({error})", "extract it again"
+            listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
+            raise DataError(f"{path}: {problem}; {listed}; {advice}") from error
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """The pixels of an image file as Pillow decodes it, RGB, uint8 (H, W, 3), or Pillow's error.
+def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
+    """Decode an image file to RGB, uint8 (H, W, 3), with the pixels that Pillow returns.
 
-    simplejpeg gives the same pixels of a JPEG file sooner, where it finds nothing amiss; Pillow takes all other files.
+    simplejpeg decodes JPEG files, faster and with equal pixels, into memory of `buffers`. Pillow decodes other formats,
+    CMYK images and the JPEG files that simplejpeg finds damaged.
+
+    Raises:
+        Exception: what Pillow raises for the file.
     """
     if data.startswith(JPEG_START):
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-            if colours not in ("CMYK", "YCCK"):  # which libjpeg turns into RGB by another rule than Pillow
-                return simplejpeg.decode_jpeg(data, buffer=_MEMORY.take(height * width * 3))
+            if colours not in ("CMYK", "YCCK"):  # libjpeg converts these to RGB differently than Pillow
+                return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3))
     with Image.open(io.BytesIO(data)) as image:
         return np.array(image.convert("RGB"))
 
 
-class FrameMemory(threading.local):
-    """Memory for frames, which is used again once nobody holds the frame any more.
-
-    Memory that comes fresh from the system for each frame costs a third of what decoding it does.
-    """
-
-    def __init__(self):
-        self._blocks: list[np.ndarray] = []
-
-    def take(self, size: int) -> np.ndarray:
-        """uint8, `size` or more, of one dimension; it is free again when this array and all views of it are gone."""
-        holders = _count_holders(self._blocks)
-        for number, block in enumerate(self._blocks):
-            if holders[number] == _ONLY_THE_LIST and len(block) >= size:
-                return block
-        held = [block for block, count in zip(self._blocks, holders, strict=True) if count > _ONLY_THE_LIST]
-        self._blocks = [*held, np.empty(size, np.uint8)]
-        return self._blocks[-1]
-
-
-def _count_holders(blocks: list[np.ndarray]) -> list[int]:
-    return [sys.getrefcount(block) for block in blocks]
-
-
-(_ONLY_THE_LIST,) = _count_holders([np.empty(0, np.uint8)])  # what counts itself as a holder depends on the Python
-_MEMORY = FrameMemory()
-
-
 class VideoFileReader:
-    """Videos stored as files. Index i is the i-th frame in the order of presentation that the decoder gives.
+    """Reads videos that are stored as video files. Index i is the i-th frame in the order of presentation.
 
-    `decoder` is "pyav", "decord", or "auto": decord for a file that PyAV would decode twice (MPEG streams apart, which
-    decord refuses), and PyAV for all others. The library is imported where it decodes, in the loader's worker.
+    `decoder` is "pyav", "decord" or "auto". With "auto", PyAV reads all files except those that it would decode twice,
+    which decord reads. MPEG streams always go to PyAV, because decord refuses them. The library is imported when a
+    video is opened, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):
         self.root = root
         self.decoder = decoder
 
-    def open(self, record: VideoRecord) -> Video:
-        """Raises ConfigError when the decoder is not installed."""
+    def open(self, record: VideoRecord) -> OpenedVideo:
+        """Raises DataError if the file is missing or cannot be read, ConfigError if the decoder is not installed."""
         path = os.path.join(self.root, record.path)
         if not os.path.isfile(path):
             raise DataError(
                 f"{path}: no such video; listed at {record.source}; "
                 "check the data root, and that lines read 'path label'"
             )
-        decoder = "pyav" if self.decoder == "auto" else self.decoder
-        with _named_errors(path, record, decoder):
-            video = DECODERS[decoder](path)
-        if self.decoder == "auto" and video.decodes_twice and not is_mpeg_stream(path):
-            decoder = "decord"
-            with _named_errors(path, record, decoder):
-                video = DECODERS[decoder](path)
+        name = "pyav" if self.decoder == "auto" else self.decoder
+        with _named_errors(path, record, name):
+            decoder = DECODERS[name](path)
+        if self.decoder == "auto" and decoder.decodes_twice and not is_mpeg_stream(path):
+            name = "decord"
+            with _named_errors(path, record, name):
+                decoder = DECODERS[name](path)
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            with _named_errors(path, record, decoder):
-                return video.read(indices)
+            with _named_errors(path, record, name):
+                return decoder.read(indices)
 
-        with _named_errors(path, record, decoder):
-            return Video(video.num_frames, read)
+        with _named_errors(path, record, name):
+            return OpenedVideo(decoder.num_frames, read)
 
 
 @contextlib.contextmanager
 def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None]:
+    """Turn the errors of a decoder into DataErrors that name the file and its line in the list."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # what a decoder raises is its own affair
+    except Exception as error:  # decoders raise many exception types
         # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
         reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
         advice = "data.decoder=pyav may read it" if decoder == "decord" else "fetch or encode it again"

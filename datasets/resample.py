@@ -1,11 +1,12 @@
-"""Resizing and cropping in one step: every wanted pixel of a frame, and no other, in compiled loops.
+"""Resizing and cropping in one step, as compiled loops that compute only the wanted pixels.
 
-A table says which pixels of a line make each pixel of the new line, and how much of each: the same for all lines, since
-Pillow's resize is one pass across and one down. Tables follow Pillow's arithmetic to the last bit, rounding after each
-pass included, so one that resizes once gives Pillow's pixels. One that resizes twice (`resized_twice`) rounds and clips
-once where Pillow does so twice.
+Pillow resizes in two passes: across (along rows), then down (along columns). In each pass, all lines use the same
+weights, which a `Table` holds. Tables follow Pillow's arithmetic bit by bit, including the rounding after each pass, so
+one resize gives Pillow's pixels exactly. A table of `resized_twice` does two resizes in one and rounds once where
+Pillow rounds twice.
 
-Frames are uint8 (H, W, 3), results uint8 (3, h, w). A pixel's share is an integer, 2**22 for the whole.
+Frames are uint8 (H, W, 3), results uint8 (3, h, w): H, W pixels of the frame, h, w pixels of the result. Weights are
+applied as integers in fixed point, where 2**22 is 1.
 """
 
 import functools
@@ -15,66 +16,76 @@ import numpy as np
 from numba import njit
 
 _BITS = 22
-_HALF, _BLACK, _WHITE = np.int32(1 << (_BITS - 1)), np.int32(0), np.int32(255)  # of one type, for speed
-_GROUP = 2  # pixels that are summed in one go: a table's rows are filled up with zeros to a multiple of it
-_ROWS = 64  # rows of a frame that pass side by side: as many bytes as the widest registers have
-_READ = 32  # rows that are read side by side: more would not stay in the nearest cache
+_HALF, _BLACK, _WHITE = np.int32(1 << (_BITS - 1)), np.int32(0), np.int32(255)  # all int32, which is faster
+_GROUP = 2  # pixels that are summed in one step; weights are padded with zeros to a multiple of it
+_ROWS = 64  # rows that are resized together: one byte of each fills the widest vector registers
+_READ = 32  # rows that are read together: more do not stay in the first-level cache
 
 
 class Table(NamedTuple):
-    """New pixel i is the sum of weights[i, k] * old pixel first[i] + k: int64 (n,) and float64 (n, taps)."""
+    """The resize of a line: new pixel i is the sum over k of weights[i, k] * old pixel number first[i] + k.
+
+    first: int64 (new pixels,)
+    weights: float64 (new pixels, taps)
+    """
 
     first: np.ndarray
     weights: np.ndarray
 
     def part(self, start: int, stop: int) -> "Table":
+        """Return the table of the new pixels `start` to `stop`."""
         return Table(self.first[start:stop], self.weights[start:stop])
 
     def moved(self, by: int) -> "Table":
-        """The same for pixels that lie `by` further on."""
+        """Return the table for old pixels that are `by` further to the right."""
         return Table(self.first + by, self.weights)
 
     def mirrored(self) -> "Table":
+        """Return the table with the new pixels in reverse order."""
         return Table(self.first[::-1], self.weights[::-1])
 
 
-@functools.lru_cache(maxsize=64)  # data sets have few frame sizes
+@functools.lru_cache(maxsize=64)  # a data set has few frame sizes
 def bicubic(old: int, new: int) -> Table:
-    """Pillow's antialiased bicubic resize of a line of `old` pixels to `new`."""
+    """Return the table of Pillow's antialiased bicubic resize from `old` to `new` pixels."""
     return unchanged(old) if old == new else Table(*_bicubic(old, new))
 
 
 def bilinear(old: int, new: int) -> Table:
-    """Pillow's antialiased bilinear resize of a line of `old` pixels to `new`."""
+    """Return the table of Pillow's antialiased bilinear resize from `old` to `new` pixels."""
     return unchanged(old) if old == new else Table(*_bilinear(old, new))
 
 
 def unchanged(size: int) -> Table:
+    """Return the table that copies a line of `size` pixels."""
     return Table(np.arange(size), np.ones((size, 1)))
 
 
 def resized_twice(inner: Table, outer: Table) -> Table:
-    """What `outer` makes of the line that `inner` makes."""
+    """Return the table that applies `inner` and then `outer`."""
     if inner.weights.shape[1] == 1:
         return Table(inner.first[outer.first], outer.weights)
     return Table(*_compose(*inner, *outer))
 
 
 class Resample:
-    """One table across and one down, for any number of frames of a size."""
+    """Applies one table across and one down, to any number of frames of the same size."""
 
     def __init__(self, across: Table, down: Table):
         self._across, self._down = _fixed(across), _fixed(down)
         self._first_row = int(down.first.min())
         self._rows = int(down.first.max()) + self._down[1].shape[1] - self._first_row
         self._down_is_copy = _is_copy(down)
-        # Where Pillow would leave the frame as it is, a slice of it is all there is to do.
+        # If neither table resizes, the result is a slice of the frame.
         self._slice = None
         if self._down_is_copy and _is_copy(across):
             self._slice = tuple(slice(int(table.first[0]), int(table.first[-1]) + 1) for table in (down, across))
 
     def __call__(self, frame: np.ndarray, out: np.ndarray, levels: np.ndarray | None = None) -> None:
-        """Frame (H, W, 3) -> out (3, h, w), both uint8; `levels` uint8 (3, 256) first replaces the frame's values."""
+        """Write the result for `frame`, uint8 (H, W, 3), to `out`, uint8 (3, h, w).
+
+        `levels`, uint8 (3, 256), replaces the values of the frame before the resize.
+        """
         height = len(frame)
         if self._slice and levels is None:
             out[...] = frame[self._slice].transpose(2, 0, 1)
@@ -99,25 +110,29 @@ def _is_copy(table: Table) -> bool:
 
 
 def _fixed(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous int64 (n,) and int32 (n, taps)."""
-    return np.ascontiguousarray(table.first), _shares(table.weights)
+    """Return `first`, contiguous, and the weights in fixed point, int32 (new pixels, taps)."""
+    return np.ascontiguousarray(table.first), _fixed_weights(table.weights)
 
 
 @njit(cache=True)
-def _shares(weights):
-    """Rounded as Pillow does, halves away from zero; without what is zero for all pixels at the end."""
+def _fixed_weights(weights):
+    """Convert weights to fixed point, rounded half away from zero as Pillow does.
+
+    Taps at the end that are zero for all pixels are left out, and zeros are added up to a multiple of _GROUP.
+    """
     new, used = weights.shape
     while used > 1 and not weights[:, used - 1].any():
         used -= 1
-    shares = np.zeros((new, -(-used // _GROUP) * _GROUP), np.int32)
+    fixed = np.zeros((new, -(-used // _GROUP) * _GROUP), np.int32)
     for i in range(new):
         for k in range(used):
-            shares[i, k] = int(weights[i, k] * (1 << _BITS) + (0.5 if weights[i, k] >= 0 else -0.5))
-    return shares
+            fixed[i, k] = int(weights[i, k] * (1 << _BITS) + (0.5 if weights[i, k] >= 0 else -0.5))
+    return fixed
 
 
 @njit(cache=True)
 def _bicubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `first` and `weights` of a table, as Pillow computes them."""
     scale = old / new
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -144,6 +159,7 @@ def _bicubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 @njit(cache=True)
 def _bilinear(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `first` and `weights` of a table, as Pillow computes them."""
     scale = old / new
     stretch = max(scale, 1.0)
     first = np.zeros(new, np.int64)
@@ -163,6 +179,7 @@ def _bilinear(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 @njit(cache=True)
 def _compose(inner_first, inner, outer_first, outer):
+    """Return `first` and `weights` of the table that applies the inner table and then the outer one."""
     new, outer_taps = outer.shape
     taps = 1
     for i in range(new):
@@ -180,9 +197,12 @@ def _compose(inner_first, inner, outer_first, outer):
 
 
 @njit(cache=True)
-def _pass_across(frame, levels, first, shares, first_row, rows, out):
-    """`rows` rows of a frame (H, W, 3) from `first_row` on -> out (3, rows or more, w). H is at least _ROWS."""
-    width, taps = shares.shape
+def _pass_across(frame, levels, first, weights, first_row, rows, out):
+    """Resize `rows` rows of a frame (H, W, 3), from `first_row` on, to the first rows of `out` (3, rows or more, w).
+
+    H must be at least _ROWS.
+    """
+    width, taps = weights.shape
     left = first.min()
     stop = min(first.max() + taps, frame.shape[1])
     columns = np.empty((first.max() + taps - left, _ROWS), np.uint8)
@@ -190,46 +210,46 @@ def _pass_across(frame, levels, first, shares, first_row, rows, out):
     sums = np.empty(_ROWS, np.int32)
     for block in range(first_row, first_row + rows, _ROWS):
         top = min(block, len(frame) - _ROWS)
-        for c in range(3):
+        for channel in range(3):
             for part in range(0, _ROWS, _READ):
                 if len(levels):
                     for x in range(left, stop):
                         for r in range(_READ):
-                            columns[x - left, part + r] = levels[c, frame[top + part + r, x, c]]
+                            columns[x - left, part + r] = levels[channel, frame[top + part + r, x, channel]]
                 else:
                     for x in range(left, stop):
                         for r in range(_READ):
-                            columns[x - left, part + r] = frame[top + part + r, x, c]
+                            columns[x - left, part + r] = frame[top + part + r, x, channel]
             for x in range(width):
                 place = first[x] - left
-                s0, s1 = shares[x, 0], shares[x, 1]
+                w0, w1 = weights[x, 0], weights[x, 1]
                 for r in range(_ROWS):
-                    sums[r] = _HALF + s0 * np.int32(columns[place, r]) + s1 * np.int32(columns[place + 1, r])
+                    sums[r] = _HALF + w0 * np.int32(columns[place, r]) + w1 * np.int32(columns[place + 1, r])
                 for k in range(_GROUP, taps, _GROUP):
-                    s0, s1 = shares[x, k], shares[x, k + 1]
+                    w0, w1 = weights[x, k], weights[x, k + 1]
                     for r in range(_ROWS):
-                        sums[r] += s0 * np.int32(columns[place + k, r]) + s1 * np.int32(columns[place + k + 1, r])
+                        sums[r] += w0 * np.int32(columns[place + k, r]) + w1 * np.int32(columns[place + k + 1, r])
                 for r in range(_ROWS):
                     passed[x, r] = min(max(np.int32(sums[r] >> _BITS), _BLACK), _WHITE)
             for r in range(block - top, min(_ROWS, first_row + rows - top)):
                 for x in range(width):
-                    out[c, top + r - first_row, x] = passed[x, r]
+                    out[channel, top + r - first_row, x] = passed[x, r]
 
 
 @njit(cache=True)
-def _pass_down(lines, first, shares, out):
-    """(3, H, w) -> (3, h, w)."""
+def _pass_down(lines, first, weights, out):
+    """Resize the columns of `lines` (3, H, w) to `out` (3, h, w)."""
     _, height, width = out.shape
     sums = np.empty(width, np.int32)
-    for c in range(3):
+    for channel in range(3):
         for y in range(height):
             row = first[y]
-            s0, s1 = shares[y, 0], shares[y, 1]
+            w0, w1 = weights[y, 0], weights[y, 1]
             for x in range(width):
-                sums[x] = _HALF + s0 * np.int32(lines[c, row, x]) + s1 * np.int32(lines[c, row + 1, x])
-            for k in range(_GROUP, shares.shape[1], _GROUP):
-                s0, s1 = shares[y, k], shares[y, k + 1]
+                sums[x] = _HALF + w0 * np.int32(lines[channel, row, x]) + w1 * np.int32(lines[channel, row + 1, x])
+            for k in range(_GROUP, weights.shape[1], _GROUP):
+                w0, w1 = weights[y, k], weights[y, k + 1]
                 for x in range(width):
-                    sums[x] += s0 * np.int32(lines[c, row + k, x]) + s1 * np.int32(lines[c, row + k + 1, x])
+                    sums[x] += w0 * np.int32(lines[channel, row + k, x]) + w1 * np.int32(lines[channel, row + k + 1, x])
             for x in range(width):
-                out[c, y, x] = min(max(np.int32(sums[x] >> _BITS), _BLACK), _WHITE)
+                out[channel, y, x] = min(max(np.int32(sums[x] >> _BITS), _BLACK), _WHITE)

@@ -1,7 +1,9 @@
-"""From decoded frames to the pixels of a clip: docs/protocol.md section 5.
+"""From decoded frames to the pixels of a clip (docs/protocol.md, section 5).
 
-Frames are uint8 arrays (H, W, 3) of one video, clips uint8 tensors (T, 3, S, S) with S = `input_size`. What is drawn at
-random holds for all frames of a clip. Normalisation happens later, on the device.
+Frames are uint8 arrays (H, W, 3) of one video. Clips are uint8 tensors (T, 3, H, W) with H = W = `input_size`. One
+random draw holds for all frames of a clip. Normalisation happens later, on the device.
+
+B clips (repeats counted), T frames of a clip, H, W pixels.
 """
 
 import functools
@@ -15,18 +17,19 @@ import torch
 from datasets.rand_augment import draw_operations, grayscale, rand_augment
 from datasets.resample import Resample, Table, bicubic, bilinear, resized_twice
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Share of the training clips that lose their colour.
+# Protocol -> probability that a training clip is converted to grayscale.
 GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """RandAugment when `rand_aug`, resize, random-resized crop, flip, grayscale.
+    """Augmentation of training clips: RandAugment, resize, random-resized crop, flip, grayscale.
 
-    A flip changes the label by `flip_labels` (see `flip_pairs`); None: no clip is flipped. `resize`: of `resize_size`.
+    protocol: gives the probability of grayscale
+    input_size: height and width of the clips
+    resize: size of the frames before the crop, as in `resize_size`
+    flip_labels: {label: label after a flip}, see `flip_pairs`; None: clips are never flipped
+    rand_aug: whether RandAugment is applied
     """
 
     protocol: str
@@ -36,14 +39,16 @@ class TrainTransform:
     rand_aug: bool = False
 
     def __call__(self, frames: Sequence[np.ndarray], label: int, rng: np.random.Generator, clip: torch.Tensor) -> int:
-        """Fill `clip`, uint8 (T, 3, S, S), and return its label."""
+        """Write the augmented frames to `clip`, uint8 (T, 3, H, W), and return its label."""
         operations = draw_operations(int(rng.integers(2**32))) if self.rand_aug else ()
         size = resize_size(*_size(frames[0]), self.resize)
         crop = draw_crop(*size, self.input_size, rng)
-        flip = rng.random() < 0.5 and self.flip_labels is not None
+        flip = (
+            rng.random() < 0.5 and self.flip_labels is not None
+        )  # drawn in any case, so that later draws are the same
         gray = rng.random() < GRAY_SHARE[self.protocol]
 
-        @functools.cache  # the frames of a video seldom differ in size
+        @functools.cache  # the frames of a video rarely differ in size
         def resample_from(width: int, height: int) -> Resample:
             across, down = (
                 resized_twice(bicubic(old, new), cropped)
@@ -56,19 +61,19 @@ class TrainTransform:
             resample_from(*_size(frame))(frame, pixels, levels)
         if gray:
             grayscale(clip.numpy())
-        return self.flip_labels.get(label, label) if flip else label
+        return self.flip_labels.get(label, label) if flip and self.flip_labels else label
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize, then 1, 3, 5 or 10 crops at fixed places; equal, bit for bit, to Pillow's on every frame alone."""
+    """Resize and 1, 3, 5 or 10 crops at fixed places. The pixels are bit-equal to Pillow's resize and crop."""
 
     input_size: int
     resize: int | Sequence[int]
     num_crops: int = 1
 
     def __call__(self, frames: Sequence[np.ndarray], places: np.ndarray | None = None) -> torch.Tensor:
-        """uint8 (crops, T, 3, S, S): frames in their order, or frame `places[t]` at t."""
+        """Return the crops of a clip, uint8 (crops, T, 3, H, W). Its frame t is `frames[t]`, or `frames[places[t]]`."""
         places = np.arange(len(frames)) if places is None else places
         size = resize_size(*_size(frames[0]), self.resize)
         corners = crop_corners(*size, self.input_size, self.num_crops)
@@ -80,7 +85,7 @@ class EvalTransform:
 
         views = torch.empty(self.num_crops, len(places), 3, self.input_size, self.input_size, dtype=torch.uint8)
         width, height = lower_right - upper_left
-        window = np.empty((3, height, width), np.uint8)  # of a resized frame what the crops cover
+        window = np.empty((3, height, width), np.uint8)  # the part of a resized frame that the crops cover
         for number, frame in enumerate(frames):
             resample_from(*_size(frame))(frame, window)
             for view, (x, y) in zip(views.numpy(), corners - upper_left, strict=False):
@@ -91,17 +96,17 @@ class EvalTransform:
 
 
 def _part(old: int, new: int, start: int, stop: int) -> Table:
-    """The pixels `start` to `stop` of a line of `old` pixels after its resize to `new`."""
+    """Return the table of the pixels `start` to `stop` of a line that is resized from `old` to `new` pixels."""
     return bicubic(old, new).part(start, stop)
 
 
 def _size(frame: np.ndarray) -> tuple[int, int]:
-    """(width, height)."""
+    """Return (width, height)."""
     return frame.shape[1], frame.shape[0]
 
 
 def protocol_resize(protocol: str, input_size: int) -> int | list[int]:
-    """The protocol's `data.resize`: the shorter side, or [height, width], in pixels."""
+    """Return the `data.resize` of a protocol, in pixels: the shorter side, or [height, width]."""
     if protocol == "something":
         base = input_size if input_size > 256 else 224
         return [256 * base // 224, 320 * base // 224]
@@ -109,9 +114,9 @@ def protocol_resize(protocol: str, input_size: int) -> int | list[int]:
 
 
 def resize_size(width: int, height: int, resize: int | Sequence[int]) -> tuple[int, int]:
-    """(width, height) a frame is resized to before it is cropped.
+    """Return (width, height) of a frame after its resize and before the crop.
 
-    `resize` is the shorter side, or [height, width] whatever the frame's are.
+    `resize` is the new shorter side, which keeps the aspect ratio, or the new [height, width].
     """
     if isinstance(resize, int):
         return _shorter_side_to(resize, width, height)
@@ -125,9 +130,9 @@ def _shorter_side_to(target: int, width: int, height: int) -> tuple[int, int]:
 
 
 def draw_crop(width: int, height: int, size: int, rng: np.random.Generator) -> tuple[Table, Table]:
-    """A random-resized crop of frames of `width` x `height` to `size` x `size`: tables across and down.
+    """Draw a random-resized crop to `size` x `size` and return its tables for rows (across) and columns (down).
 
-    Without a box that fits, the shorter side is resized to `size` and a square cropped at random.
+    If no drawn box fits, the shorter side is resized to `size` and a random square is cropped.
     """
     if (box := draw_box(width, height, rng)) is not None:
         left, upper, right, lower = box
@@ -138,7 +143,10 @@ def draw_crop(width: int, height: int, size: int, rng: np.random.Generator) -> t
 
 
 def draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int] | None:
-    """(left, upper, right, lower) with 0.08 to 1 of the area and an aspect of 3/4 to 4/3; None after ten misfits."""
+    """Draw a box (left, upper, right, lower) with 0.08 to 1 of the area and an aspect ratio of 3/4 to 4/3.
+
+    Return None if none of ten drawn boxes fits into the frame.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1.0)
         aspect = rng.uniform(3 / 4, 4 / 3)
@@ -156,7 +164,7 @@ def _random_place(width: int, height: int, w: int, h: int, rng: np.random.Genera
 
 
 def crop_corners(width: int, height: int, size: int, num_crops: int) -> list[tuple[int, int]]:
-    """Upper left corners (x, y) of the test crops; ten crops are the five and their mirror images."""
+    """Return the upper left corners (x, y) of the test crops. Ten crops are five and their mirror images."""
     w, h = (width - size) // 4, (height - size) // 4
     centre = (2 * w, 2 * h)
     match num_crops:
@@ -169,13 +177,18 @@ def crop_corners(width: int, height: int, size: int, num_crops: int) -> list[tup
     raise ValueError(f"num_crops must be 1, 3, 5 or 10, got {num_crops}")
 
 
-def normalize_clips(
-    clips: torch.Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
-) -> torch.Tensor:
-    """uint8 (B, T, 3, H, W) -> float32 of the same shape on the same device: (x / 255 - mean) / std per channel."""
+def normalize_clips(clips: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Return (clips / 255 - mean) / std, with mean and std per channel.
+
+    Args:
+        clips: uint8 (B, T, 3, H, W).
+
+    Returns:
+        float32 (B, T, 3, H, W), on the device of `clips`.
+    """
     return clips.float().div_(255).sub_(_per_channel(mean, clips.device)).div_(_per_channel(std, clips.device))
 
 
-@functools.cache  # moving the constants to a GPU anew would make it synchronise in every step
+@functools.cache  # copying the constants to a GPU in every step would synchronise it
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

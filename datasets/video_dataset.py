@@ -1,7 +1,9 @@
-"""Record -> indices -> frames -> clips, for training (random, repeated) and for evaluation (fixed views).
+"""Data sets of clips: record -> indices -> frames -> clips, random for training and fixed for evaluation.
 
-Every sample is a dict of tensors whose first axis a batch concatenates: R repeats of a training clip, V test views.
-Beside them, "unreadable" lists the videos that could not be read: [(index, one line that says why)].
+A sample is a dict of tensors that a batch concatenates along the first axis. Its key "unreadable" holds a list instead,
+of the videos that could not be read: [(index, message of one line)].
+
+Letters: R repeats of a training clip, V views of a test video, T frames of a clip, H, W pixels (both `input_size`).
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.annotations import VideoRecord
-from datasets.readers import Reader, Video
+from datasets.readers import OpenedVideo, Reader
 from datasets.sampling import sample_test, sample_train
 from datasets.transforms import EvalTransform, TrainTransform
 from utils.errors import DataError
@@ -22,9 +24,9 @@ from utils.seeding import epoch_order, sample_rng
 
 @dataclass(kw_only=True, eq=False)
 class VideoDataset(Dataset):
-    """What training and evaluation share: the videos, where their frames come from, how a clip is sampled.
+    """Base class of the training and evaluation data sets.
 
-    A video that cannot be read raises its DataError, or with `skip_unreadable` does what the class says.
+    A video that cannot be read raises its DataError, unless `skip_unreadable` is set. The subclasses say how they skip.
     """
 
     records: list[VideoRecord]
@@ -40,23 +42,30 @@ class VideoDataset(Dataset):
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (videos,), in list order."""
+        """Labels of all videos, int64 (videos,), in list order."""
         return np.array([record.label for record in self.records], dtype=np.int64)
 
     @staticmethod
-    def read_distinct(video: Video, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The frames that `indices` name at least once, and for each index, flattened, its place among them."""
+    def read_distinct(video: OpenedVideo, indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Read each frame of `indices` once.
+
+        Returns:
+            frames: the distinct frames in ascending order.
+            places: int64, one for each element of the flattened `indices`: the place of its frame in `frames`.
+        """
         distinct, places = np.unique(indices, return_inverse=True)
         return video.read(distinct.tolist()), places.ravel()
 
 
 @dataclass(kw_only=True, eq=False)
 class TrainVideoDataset(VideoDataset):
-    """`dataset[epoch, index]` -> R = `num_sample` independently augmented clips of the same frames.
+    """Training samples: `dataset[epoch, index]` has R = `num_sample` clips of the same frames, augmented independently.
 
-    {"clips": uint8 (R, T, 3, S, S), "labels": int64 (R,), "indices": int64 (1,)}, a function of (seed, epoch, index).
-    `random_shift=False` takes the frames of validation. The video that is next in the epoch's order stands in for one
-    that cannot be read, and so on, from the last on to the first; "indices" names the one that was taken.
+    A sample is {"clips": uint8 (R, T, 3, H, W), "labels": int64 (R,), "indices": int64 (1,)} and depends only on
+    (seed, epoch, index). With `random_shift=False` the frames are those of validation.
+
+    With `skip_unreadable`, a video that cannot be read is replaced by the next readable one in the order of the epoch,
+    which continues with the first video after the last. "indices" holds the index of the replacement.
     """
 
     transform: TrainTransform
@@ -77,6 +86,7 @@ class TrainVideoDataset(VideoDataset):
         raise DataError(f"none of the {len(self)} training videos can be read; the first: {unreadable[0][1]}")
 
     def _order_from(self, epoch: int, index: int) -> Iterator[int]:
+        """Yield `index`, then the indices that follow it in the order of the epoch, wrapping around at the end."""
         yield index
         order = epoch_order(self.seed, epoch, len(self)).tolist()
         place = order.index(index)
@@ -84,19 +94,19 @@ class TrainVideoDataset(VideoDataset):
 
     def _load(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         record = self.records[index]
-        video = self.reader.open(record)
-        distinct, places = self.read_distinct(video, self.sample(video.num_frames, epoch, index))
-        frames = [distinct[place] for place in places]
         size = self.transform.input_size
         clips = torch.empty(self.num_sample, self.num_segments, 3, size, size, dtype=torch.uint8)
-        labels = [
-            self.transform(frames, record.label, sample_rng(self.seed, epoch, index, repeat), clip)
-            for repeat, clip in enumerate(clips)
-        ]
+        with self.reader.open(record) as video:
+            distinct, places = self.read_distinct(video, self.sample(video.num_frames, epoch, index))
+            frames = [distinct[place] for place in places]
+            labels = [
+                self.transform(frames, record.label, sample_rng(self.seed, epoch, index, repeat), clip)
+                for repeat, clip in enumerate(clips)
+            ]
         return {"clips": clips, "labels": torch.tensor(labels), "indices": torch.tensor([index])}
 
     def sample(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
-        """Frame indices (T,) of one sample."""
+        """Return the frame indices of one sample, int64 (T,)."""
         if not self.random_shift:
             return sample_test(num_frames, self.num_segments, self.protocol, dense=self.dense)[0]
         rng = sample_rng(self.seed, epoch, index)
@@ -105,10 +115,12 @@ class TrainVideoDataset(VideoDataset):
 
 @dataclass(kw_only=True, eq=False)
 class EvalVideoDataset(VideoDataset):
-    """`dataset[index]` -> the V = crops x clips views of a video, crop by crop: view = crop * num_clips + clip.
+    """Evaluation samples: `dataset[index]` has the V = crops * clips views of a video; view = crop * num_clips + clip.
 
-    {"clips": uint8 (V, T, 3, S, S), "labels": int64 (1,), "indices": int64 (1,)}. A frame that several clips share is
-    decoded and resized once. A video that cannot be read gives no views, no label and no index.
+    A sample is {"clips": uint8 (V, T, 3, H, W), "labels": int64 (1,), "indices": int64 (1,)}. A frame that several
+    clips share is decoded and resized once.
+
+    With `skip_unreadable`, a video that cannot be read gives a sample with 0 views, 0 labels and 0 indices.
     """
 
     transform: EvalTransform
@@ -127,9 +139,9 @@ class EvalVideoDataset(VideoDataset):
         return {"clips": views, "labels": label, "indices": torch.tensor([index]), "unreadable": []}
 
     def _load(self, record: VideoRecord) -> torch.Tensor:
-        """uint8 (V, T, 3, S, S)."""
-        video = self.reader.open(record)
-        indices = sample_test(video.num_frames, self.num_segments, self.protocol, self.num_clips, self.dense)
-        frames, places = self.read_distinct(video, indices)
-        crops = self.transform(frames, places)  # (crops, clips * T, 3, S, S)
+        """Return the views of a video, uint8 (V, T, 3, H, W)."""
+        with self.reader.open(record) as video:
+            indices = sample_test(video.num_frames, self.num_segments, self.protocol, self.num_clips, self.dense)
+            frames, places = self.read_distinct(video, indices)
+            crops = self.transform(frames, places)  # (crops, clips * T, 3, H, W)
         return crops.unflatten(1, indices.shape).flatten(0, 1)

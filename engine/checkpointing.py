@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class BackgroundWriter:
     """Writes checkpoints in a thread of its own; one at a time.
 
-    A write that fails because of the disk is logged, and the run goes on: the next write is the retry. A best checkpoint
-    that could not be written is kept in memory until then.
+    A write that fails because of the disk is logged, and the run goes on: the next write is the retry. Until then, a
+    best checkpoint that could not be written is kept in memory.
     """
 
     def __init__(self, folder: Path, keep: int):

@@ -7,7 +7,7 @@ import torch
 from dotmap import DotMap
 
 from modules.side4video import Side4Video
-from modules.side_network import TokenBatchNorm
+from modules.token_norm import TokenBatchNorm
 
 
 def build_optimizer(model: Side4Video, config: DotMap) -> torch.optim.AdamW:

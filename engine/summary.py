@@ -14,6 +14,7 @@ from datasets.loaders import VideoLoader
 from modules.side4video import Side4Video
 from utils.distributed import get_world_size
 from utils.precision import Precision
+from utils.version import VERSION
 
 PAPER_GPUS = 8
 
@@ -27,7 +28,7 @@ def describe_run(
     steps, batch = len(train_loader) // accumulated, data.batch_size * accumulated
     device = torch.cuda.get_device_name() if precision.device.type == "cuda" else "CPU"
     return [
-        f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
+        f"Side4Video {VERSION}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
         f"commit {git_commit()}, seed {config.seed}, {world} process(es) on {device}, precision {precision.name}",
         *describe_model(config, model),
         f"data: {data.dataset}, protocol {data.protocol}, {len(train_loader.dataset)} training and "
@@ -36,9 +37,18 @@ def describe_run(
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
         f"and solver.lr {solver.lr:g} is not rescaled",
+        *_traffic(model, accumulated, solver.sync_bn),
         f"steps: {steps} updates an epoch, {steps * solver.epochs} in {solver.epochs} epochs, "
         f"{solver.type} after {solver.lr_warmup_step} epochs of warm-up",
     ]
+
+
+def _traffic(model: Side4Video, accumulated: int, sync_bn: bool) -> list[str]:
+    """What each process hands to the others for one update; nothing in a single process."""
+    if (sent := model.reduced_bytes(accumulated)) == 0:
+        return []
+    what = "the gradients of what is trained" + (" and the statistics of BatchNorm" if sync_bn else "")
+    return [f"traffic: each process hands {sent / 1e6:.1f} MB to the others for an update: {what}"]
 
 
 def describe_model(config: DotMap, model: Side4Video) -> list[str]:

@@ -16,7 +16,7 @@ from datasets.loaders import VideoLoader
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
 from engine.reporter import Reporter
-from modules.checkpoint import is_official, load_model_state
+from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
 from utils.distributed import get_rank, get_world_size
 from utils.errors import CheckpointError, ConfigError
@@ -62,6 +62,7 @@ def load_start(
         CheckpointError: the checkpoint does not fit.
     """
     head_kept = load_model_state(model, checkpoint, source, new_head=new_head, new_size=new_size)
+    log.info(describe_checkpoint(checkpoint, source))
     if head_kept and new_head and names_differ(class_names, checkpoint.get("class_names")):
         model.trained.head.reset_parameters()
         log.info("pretrain: %s was trained on other class names; the head is made anew", source)
@@ -151,7 +152,7 @@ def restore_training(
         CheckpointError: the file has no state of an optimizer.
     """
     if "optimizer" not in checkpoint:
-        kind = "released" if is_official(checkpoint) else "converted"
+        kind = "released" if is_released(checkpoint) else "converted"
         raise CheckpointError(f"{source}: a {kind} checkpoint can only be started from, by pretrain")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})

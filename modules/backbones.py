@@ -1,11 +1,15 @@
-"""Frozen image towers and their token protocol (docs/protocol.md section 1)."""
+"""Frozen image towers and the tokens they give (docs/protocol.md section 1).
+
+Letters: B clips, T frames of a clip, P patch size, N patches of a frame, D tower width, H and W pixel height and
+width.
+"""
 
 import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -25,7 +29,14 @@ TIMM_PREFIX = "timm/"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A tower: which timm model it is, which published file holds its weights, and the side network's variant."""
+    """An entry of `network.arch`.
+
+    Attributes:
+        timm_name: name of the timm model.
+        weight_file: the published file with its weights, or None.
+        publisher: who publishes that file, or None.
+        side_variant: variant of the side network that is used beside it, unless `network.side_variant` is set.
+    """
 
     timm_name: str
     weight_file: str | None = None
@@ -49,7 +60,11 @@ ARCHITECTURES = {
 
 
 def find_architecture(arch: str) -> Architecture:
-    """The entry of `network.arch`: a name of the table, or `timm/<name>` for a timm model without a file of its own."""
+    """Return the entry of `network.arch`: a name in ARCHITECTURES, or `timm/<name>` for any other timm model.
+
+    Raises:
+        ConfigError: unknown name, with the nearest known one.
+    """
     if arch in ARCHITECTURES:
         return ARCHITECTURES[arch]
     if arch.startswith(TIMM_PREFIX):
@@ -67,7 +82,7 @@ def find_architecture(arch: str) -> Architecture:
 
 
 def stated_pixels(architecture: Architecture) -> dict[str, Any]:
-    """`input_size`, `mean` and `std` of the pixels that timm's weights were trained with; None where timm has none."""
+    """Return `input_size`, `mean` and `std` that timm states for the tower's weights, each None if timm states none."""
     stated = timm.get_pretrained_cfg(architecture.timm_name)
     if stated is None:
         return {"input_size": None, "mean": None, "std": None}
@@ -75,10 +90,14 @@ def stated_pixels(architecture: Architecture) -> dict[str, Any]:
 
 
 def choose_layers(side_layers: str | list[int], depth: int) -> list[int]:
-    """Blocks that the side network reads, from 0: `all`, `every2` (1, 3, 5, ...), `last:N`, or a rising list.
+    """Return the numbers, from 0, of the tower blocks that the side network reads.
+
+    Args:
+        side_layers: `all`, `every2` (1, 3, 5, ...), `last:<number>`, or a list of numbers in rising order.
+        depth: number of blocks of the tower.
 
     Raises:
-        ConfigError: another text, or blocks that a tower of `depth` blocks has not.
+        ConfigError: `side_layers` is none of these, or names blocks that the tower does not have.
     """
     blocks = list(range(depth))
     match side_layers:
@@ -101,7 +120,7 @@ def choose_layers(side_layers: str | list[int], depth: int) -> list[int]:
 
 
 class InPlaceQuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), timm's to the bit, in a third of the time: two of its three results take no new memory."""
+    """x * sigmoid(1.702 x). Same bits as timm's QuickGELU in a third of the time, because it allocates only once."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * 1.702).sigmoid_().mul_(x)
@@ -109,12 +128,12 @@ class InPlaceQuickGELU(nn.Module):
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory; buffers, such as rope's tables, are computed as ever."""
+    """Modules created inside have their parameters on the meta device. Buffers, such as rope's tables, are computed."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # may return a parameter
     try:
         yield
     finally:
@@ -124,12 +143,16 @@ def parameters_on_meta() -> Iterator[None]:
 class FrozenTower(nn.Module):
     """A timm vision transformer that only gives tokens: always in eval mode, never with gradients.
 
-    Blocks after the last one that is read, the final norm, the pooling and the head are cut off, as nothing reads them.
+    The blocks after the last one that is read, the final norm, the pooling and the head are removed.
 
     Attributes:
-        layers: blocks whose tokens are given, from 0, rising.
-        depth: blocks of the whole tower, of which `num_blocks` are left.
-        timm_size: height and width that timm's weights were trained with; another one resamples position tables.
+        layers: numbers of the blocks whose tokens are given, from 0, in rising order.
+        depth: number of blocks of the whole tower; `num_blocks` of them are kept.
+        width, patch_size, num_patches: D, P and N.
+        pretrained_cfg: what timm states about its own weights of this model.
+        timm_size: height and width in pixels that timm's weights were trained with.
+        weight_file: name of the published file that the weights came from, or None.
+        hashes: `modules.hashing.tower_hashes` of the tensors in that file, or None.
     """
 
     def __init__(
@@ -138,30 +161,30 @@ class FrozenTower(nn.Module):
         input_size: int,
         backbone_kwargs: dict[str, Any] | None = None,
         side_layers: str | list[int] = "all",
-        without_weights: bool = False,
+        on_meta: bool = False,
     ):
         """
         Args:
             timm_name: name of a timm VisionTransformer or Eva model.
             input_size: height and width of a frame in pixels.
-            backbone_kwargs: handed to timm as they are.
-            side_layers: blocks to read, as `choose_layers` takes them.
-            without_weights: leave the parameters on the meta device, for `load_strictly(..., assign=True)` to fill.
+            backbone_kwargs: passed on to timm.
+            side_layers: blocks to read, see `choose_layers`.
+            on_meta: leave the parameters on the meta device, for `load_strictly(..., assign=True)` to fill.
 
         Raises:
-            ConfigError: timm refuses the arguments, or the model has no tokens that the side network could read.
+            ConfigError: timm cannot build the model, or the model does not give one token for each patch.
         """
         super().__init__()
         kwargs = dict(backbone_kwargs or {})
         if kwargs.get("img_size", input_size) != input_size:
             raise ConfigError(f"network.backbone_kwargs.img_size: leave it out, data.input_size ({input_size}) decides")
         try:
-            with parameters_on_meta() if without_weights else nullcontext():
+            with parameters_on_meta() if on_meta else nullcontext():
                 arguments = {"num_classes": 0, **kwargs, "img_size": input_size}
                 vit = timm.create_model(timm_name, pretrained=False, **arguments)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            if "'img_size'" in reason:
+            if "'img_size'" in reason:  # the TypeError of models whose constructor has no such argument
                 raise ConfigError(_not_readable(timm_name, "it takes no img_size")) from error
             raise ConfigError(f"network.arch: timm cannot build {timm_name} with {kwargs}: {reason}") from error
         if not isinstance(vit, VisionTransformer | Eva):
@@ -174,30 +197,31 @@ class FrozenTower(nn.Module):
         self.depth = len(vit.blocks)
         self.layers = choose_layers(side_layers, self.depth)
         vit.prune_intermediate_layers(self.layers, prune_norm=True, prune_head=True)
-        for block in vit.blocks:
-            if isinstance(getattr(block.mlp, "act", None), QuickGELU):
-                block.mlp.act = InPlaceQuickGELU()
-        self.timm_size = vit.pretrained_cfg["input_size"][-1]
+        for module in list(vit.modules()):
+            if isinstance(getattr(module, "act", None), QuickGELU):
+                module.act = InPlaceQuickGELU()
+        self.pretrained_cfg = cast(dict[str, Any], vit.pretrained_cfg)
+        self.timm_size: int = self.pretrained_cfg["input_size"][-1]
         self.vit = vit.requires_grad_(False).eval()
         self.width = vit.embed_dim
         self.num_blocks = len(vit.blocks)
         self.num_patches = vit.patch_embed.num_patches
         self.weight_file: str | None = None
-        self.hashes: dict[str, str] | None = None  # of the tensors of weight_file, by modules.hashing.tower_hashes
+        self.hashes: dict[str, str] | None = None
 
     def train(self, mode: bool = True) -> "FrozenTower":
-        """Stays in eval mode, whatever its parent does."""
+        """Stay in eval mode, even when the parent module is put into training mode."""
         return super().train(False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights and of the tokens, which the tower computes in, whatever autocast says."""
+        """The dtype of the weights, of the computation (autocast does not apply) and of the tokens."""
         return next(self.vit.parameters()).dtype
 
     def convert(self, dtype: torch.dtype) -> None:
-        """Change the type of the parameters, one by one, and of buffers beside them, such as EVA's zero bias of keys.
+        """Convert the parameters, one by one, and the buffers of modules that have parameters, as EVA's bias of keys.
 
-        Buffers of modules without parameters, such as rope's tables, keep the precision that they were computed in.
+        Buffers of modules without parameters, such as rope's tables, keep their dtype.
         """
         for module in self.modules():
             if parameters := list(module.parameters(recurse=False)):
@@ -205,15 +229,15 @@ class FrozenTower(nn.Module):
                     tensor.data = tensor.data.to(dtype)
 
     def compile_blocks(self) -> None:
-        """Let torch.compile run the blocks, with one result for all of them. To be called before `shard`."""
+        """Compile each block in place; equal blocks share the compiled code. Call it before `shard`."""
         for block in self.vit.blocks:
             block.compile()
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Split every tensor over the processes of the mesh, and move it to its device.
+        """Split every tensor over the processes of the mesh, and move it to the mesh's device.
 
-        From then on each call of `layer_tokens` needs all processes: a block is put together when it runs, and let go
-        after it. What comes before the blocks is put together for `embed`.
+        After this, all processes must call `layer_tokens` together: FSDP gathers each block before it runs, frees it
+        afterwards, and does the same with everything before the blocks in `embed`.
         """
         for block in self.vit.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -221,28 +245,28 @@ class FrozenTower(nn.Module):
         register_fsdp_forward_method(self, "embed")
 
     def layer_tokens(self, clips: Tensor) -> Iterator[Tensor]:
-        """Tokens after each block of `layers`, one block at a time, class token first.
+        """Yield the tokens after each block of `layers`, one block at a time, class token first.
 
-        Equal to timm's `forward_intermediates` to the bit; written as a loop so that the side network takes each
-        layer when it exists, and layers that no gradient needs are freed at once. Register and distillation tokens
-        are dropped; the mean of the patch tokens stands in for a class token that the tower has not.
+        Same bits as timm's `forward_intermediates`. A generator, so that a layer's tokens are freed as soon as the
+        side network has used them, unless a gradient needs them. Register and distillation tokens are dropped. For a
+        tower without a class token, the mean of the patch tokens takes its place.
 
         Args:
-            clips: (B, T, 3, H, W) normalised pixels.
+            clips: normalised pixels, (B, T, 3, H, W).
 
         Yields:
-            (B, T, 1 + N, D) of the tower's dtype, one tensor a block.
+            (B, T, 1 + N, D) of the tower's dtype, one tensor for each block.
         """
         steps = self._steps(clips)
         while True:
-            with torch.no_grad(), torch.autocast(clips.device.type, enabled=False):  # not while others use the tokens
+            with torch.no_grad(), torch.autocast(clips.device.type, enabled=False):  # left again before the yield
                 tokens = next(steps, None)
             if tokens is None:
                 return
             yield tokens
 
     def embed(self, clips: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, T, 3, H, W) -> what the first block takes, (B * T, prefix + N, D), and rope's tables, if any."""
+        """(B, T, 3, H, W) -> input of the first block, (B * T, prefix tokens + N, D), and rope's tables or None."""
         vit, rope = self.vit, None
         x = vit.patch_embed(clips.flatten(0, 1).to(self.dtype))
         if isinstance(vit, Eva):
@@ -258,7 +282,7 @@ class FrozenTower(nn.Module):
                 yield self._class_first(x).unflatten(0, clips.shape[:2])
 
     def _class_first(self, x: Tensor) -> Tensor:
-        """(frames, prefix + N, D) as timm has it -> (frames, 1 + N, D)."""
+        """(B * T, prefix tokens + N, D), as timm's blocks return it -> (B * T, 1 + N, D)."""
         prefix, has_class_token = self.vit.num_prefix_tokens, self.vit.cls_token is not None
         if prefix == 1 and has_class_token:
             return x
@@ -267,6 +291,7 @@ class FrozenTower(nn.Module):
 
 
 def _not_readable(timm_name: str, why: str) -> str:
+    """Message of a ConfigError about a model of which the tokens cannot be read."""
     return (
         f"network.arch: {timm_name} gives no token of each patch after each block, which the side network reads: "
         f"{why}, and must be one of timm's VisionTransformer or Eva models"

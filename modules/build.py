@@ -11,27 +11,31 @@ from utils.errors import ConfigError
 
 
 def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
-    """Build the model of a configuration on the CPU: the tower of `network.backbone_dtype`, the rest in float32.
+    """Build the model of a configuration on the CPU: the tower in `network.backbone_dtype`, the rest in float32.
 
-    Random parts are drawn from torch's global generator.
+    Random weights are drawn from torch's global generator.
 
     Args:
-        config: resolved; its sections `network` and `data` are read.
-        load_tower: False leaves the tower without weights, on the meta device; for callers that load a checkpoint
-            which holds the tower.
+        config: resolved; its sections `network`, `data` and `solver` are read.
+        load_tower: whether the tower gets weights here, from its file or, without `network.init`, random ones. With
+            False its parameters stay on the meta device, for callers that load a checkpoint which holds the tower.
 
     Raises:
         ConfigError: unknown architecture, impossible sizes, or the weight file is absent.
         CheckpointError: the weight file does not fit the architecture.
     """
-    network, data = config.network, config.data
+    network, data, solver = config.network, config.data, config.solver
     architecture = find_architecture(network.arch)
-    filled_later = network.init or not load_tower
+    draw_tower = load_tower and not network.init
     tower = FrozenTower(
-        architecture.timm_name, data.input_size, network.backbone_kwargs, network.side_layers, filled_later
+        architecture.timm_name,
+        data.input_size,
+        network.backbone_kwargs,
+        network.side_layers,
+        on_meta=not draw_tower,
     )
     tower.convert(getattr(torch, network.backbone_dtype))
-    if network.init and load_tower:
+    if load_tower and network.init:
         load_tower_weights(tower, architecture, network.arch, network.weights)
     try:
         side = SideNetwork(
@@ -41,6 +45,8 @@ def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
             patch_size=tower.patch_size,
             num_patches=tower.num_patches,
             norm_placement=network.side_variant,
+            recompute=solver.recompute,
+            sync_bn=solver.sync_bn,
         )
     except ValueError as error:
         raise ConfigError(f"network.side_dim: {error}") from error

@@ -1,29 +1,33 @@
-"""Checkpoints: what was trained, how far, and proof of the frozen tower it was trained beside.
+"""Checkpoints: save and load the trained weights, and check that they run beside the tower they were trained with.
 
-A file is a dict of tensors, numbers and strings, read with `weights_only=True`:
+A checkpoint of this project is a dict of tensors, numbers and strings, written by torch.save and read with
+`weights_only=True`:
 
     format            "side4video/1"
-    trained           state dict of the side network and head
-    tower             state dict of the frozen tower, or None when its tensors came from a named file
+    trained           state dict of the side network and the head
+    tower             state dict of the frozen tower; None if its weights are in a published file
     tower_file        name of that file, or None
-    tower_sha256      hash of the tower's tensors in float32, as its file holds them, checked at load
-    tower_sha256_but_positions  the same without the position table, checked at another input size
-    optimizer, scaler state dicts
-    epoch             epochs finished
-    step              batches of the next epoch that are done too, a multiple of solver.grad_accumulation_steps
-    progress          what the reports of that epoch have to go on with, by process (engine/reporter.py)
+    tower_sha256      hash of the tower's tensors in float32, compared at load with the tower that is there
+    tower_sha256_but_positions  the same without the position table, compared at another input size
+    optimizer, scaler state dicts; absent in converted files
+    epoch             number of finished epochs
+    step              finished iterations of the next epoch, a multiple of solver.grad_accumulation_steps
+    progress          for each process, the sums that the reports of that epoch continue with (engine/reporter.py)
     world_size        number of processes
-    best_accuracy     best validation top-1 in percent so far, None before the first (-1.0 in older files)
+    best_accuracy     best validation top-1 so far in percent; None before the first evaluation (-1.0 in older files)
     config            the resolved configuration
-    class_names       list, or None
-    decoder           what decoded video files, with its version, or None for frame folders
+    class_names       list of class names in label order, or None
+    decoder           the decoder of video files with its version, or None for frame folders
 
-Random states are not stored because none carries over an epoch: every draw of data derives from (seed, epoch, index,
-repeat), and the global generators are seeded from (seed, epoch, process) at the start of each.
+Random states are not stored, because no iteration depends on those of another: all random choices about data derive
+from (seed, epoch, index, repeat), and the global generators are seeded from (seed, epoch, iteration, process) before
+each iteration.
 
-The released checkpoints of Side4Video (modules/released.py) are read by the same functions, and so are the .safetensors
-files of tools/convert_checkpoint.py: tensors `trained.*` and, if held, `tower.*`; the rest, without the states of
-optimizer and scaler, is JSON in the metadata entry "side4video".
+The same functions read two other forms:
+
+    released      a checkpoint by the authors of Side4Video (modules/released.py)
+    .safetensors  written by tools/convert_checkpoint.py: tensors `trained.*` and, if the tower is held, `tower.*`; all
+                  other entries except `optimizer` and `scaler` as JSON in the metadata entry "side4video"
 """
 
 import json
@@ -41,7 +45,7 @@ from torch import Tensor
 
 from modules.hashing import TOWER_POSITIONS, tower_hashes
 from modules.pretrained import load_strictly
-from modules.released import from_official, to_official
+from modules.released import from_released, to_released
 from modules.side4video import Side4Video
 from utils.atomic import write_atomically
 from utils.errors import CheckpointError
@@ -54,18 +58,16 @@ log = logging.getLogger(__name__)
 
 
 def model_state(model: Side4Video) -> dict[str, Any]:
-    """The part of a checkpoint that makes the model, to be computed once, before the tower is sharded.
+    """Return the entries of a checkpoint that describe the frozen tower. Call it once, before the tower is sharded.
 
-    The hash of a tower from a named file is that of the file's tensors, taken before they were converted to
-    `network.backbone_dtype`; the hash of a tower that the checkpoint holds is that of what it holds.
+    If the weights come from a published file, the hashes are those of the file's tensors, before the conversion to
+    `network.backbone_dtype`. Otherwise the tower is in the checkpoint, and the hashes are those of its tensors.
     """
-    tower = model.backbone.state_dict()
-    named = model.backbone.weight_file is not None
-    return {
-        "tower": None if named else tower,
-        "tower_file": model.backbone.weight_file,
-        **((named and model.backbone.hashes) or tower_hashes(tower)),
-    }
+    backbone = model.backbone
+    if backbone.weight_file is not None and backbone.hashes is not None:
+        return {"tower": None, "tower_file": backbone.weight_file, **backbone.hashes}
+    tower = backbone.state_dict()
+    return {"tower": tower, "tower_file": None, **tower_hashes(tower)}
 
 
 def checkpoint_state(
@@ -83,13 +85,13 @@ def checkpoint_state(
     optimizer: dict[str, Any] | None = None,
     scaler: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The entries of a checkpoint, as listed at the top of this file.
+    """Return the entries of a checkpoint that are listed at the top of this file, except `format`.
 
     Args:
-        model_part: of `model_state`.
-        trained: state dict of the side network and head.
+        model_part: result of `model_state`.
+        trained: state dict of the side network and the head.
         config: the resolved configuration as a plain dictionary.
-        optimizer, scaler: state dicts; None leaves the entries out, and a run cannot go on from such a file.
+        optimizer, scaler: state dicts. With None both entries are left out, and no run can resume from the file.
     """
     state = {
         **model_part,
@@ -111,13 +113,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
-def save_official(path: Path, model: Side4Video, epoch: int = 0, optimizer: dict[str, Any] | None = None) -> None:
+def save_released(path: Path, model: Side4Video, epoch: int = 0, optimizer: dict[str, Any] | None = None) -> None:
     """Write the whole model, tower included, atomically in the form of the released checkpoints.
 
-    `optimizer` is a state dict that goes into the file as it is. One of ours numbers the parameters in our order, which
-    other code cannot use, so leave it out unless it came from such a file.
+    Args:
+        path: the file to write.
+        model: the model, with its tower on the CPU or one device.
+        epoch: stored as it is.
+        optimizer: state dict of an optimizer of the authors' code, stored as it is. Ours numbers the parameters in
+            another order, so it is of no use in such a file.
     """
-    state = {"epoch": epoch, "model_state_dict": to_official(model), "optimizer_state_dict": optimizer or {}}
+    state = {"epoch": epoch, "model_state_dict": to_released(model), "optimizer_state_dict": optimizer or {}}
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -130,33 +136,35 @@ def save_safetensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def flat_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's tensors in a checkpoint: `tower.*` and `trained.*`, or the released names."""
-    if is_official(checkpoint):
+    """The model's tensors in a checkpoint by name: `tower.*` and `trained.*`, or the released names."""
+    if is_released(checkpoint):
         return checkpoint["model_state_dict"]
     parts = {part: checkpoint[part] or {} for part in ("tower", "trained")}
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """What `save_safetensors` wrote; {} for a file of something else."""
-    parts = {"tower": {}, "trained": {}}
+    """Read a file of `save_safetensors`; {} for any other .safetensors file."""
+    parts: dict[str, dict[str, Tensor]] = {"tower": {}, "trained": {}}
     with safe_open(path, framework="pt") as file:
         facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         if not facts:
             return {}
-        for name in file.keys():  # noqa: SIM118, the file is no dictionary
+        for name in file.keys():  # noqa: SIM118, the file is not a dictionary
             part, _, rest = name.partition(".")
             parts[part][rest] = file.get_tensor(name)
     return {**facts, "tower": parts["tower"] or None, "trained": parts["trained"]}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this project, or a released one of Side4Video, onto the CPU. No code of the file is run.
+    """Read a checkpoint of any of the three forms onto the CPU. No code in the file is run.
 
-    A .safetensors file of this project reads as the same dictionary, without `optimizer` and `scaler`.
+    Returns:
+        The entries listed at the top of this file, without `optimizer` and `scaler` for a .safetensors file; for a
+        released checkpoint, its own entries.
 
     Raises:
-        CheckpointError: the file is absent, unreadable, or neither of the two.
+        CheckpointError: the file does not exist, cannot be read, or is not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,9 +176,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # torch says more before it
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # after torch's general advice
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
-    if not isinstance(content, dict) or not (content.get("format") == FORMAT or is_official(content)):
+    if not isinstance(content, dict) or not (content.get("format") == FORMAT or is_released(content)):
         raise CheckpointError(
             f"{path}: not a checkpoint of this project (no entry format: {FORMAT!r}), nor a released one of Side4Video "
             "(no state dict model_state_dict)"
@@ -180,28 +188,43 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def is_official(checkpoint: dict[str, Any]) -> bool:
-    """True for a released checkpoint of Side4Video, whose weights are `model_state_dict`."""
+def is_released(checkpoint: dict[str, Any]) -> bool:
+    """True for a checkpoint by the authors of Side4Video, which has its weights in `model_state_dict`."""
     state = checkpoint.get("model_state_dict")
     return isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
 
 
 def holds_tower(checkpoint: dict[str, Any]) -> bool:
-    """True if the frozen tower's weights come from the checkpoint and need no file of their own."""
-    return is_official(checkpoint) or checkpoint["tower"] is not None
+    """True if the checkpoint contains the frozen tower, so that the tower needs no weight file."""
+    return is_released(checkpoint) or checkpoint["tower"] is not None
 
 
-def load_weights(model: Side4Video, path: str | Path, **choices: bool) -> dict[str, Any]:
-    """Fill a model from a checkpoint file of this project or a released one of Side4Video; returns what was read.
+def describe_checkpoint(checkpoint: dict[str, Any], source: str | Path) -> str:
+    """One line for the log after `load_model_state`: file, form, epoch, and where the frozen tower came from."""
+    form = "safetensors" if Path(source).suffix == SAFETENSORS else "ours"
+    facts = ["released" if is_released(checkpoint) else form]
+    if (epoch := checkpoint.get("epoch")) is not None:
+        facts.append(f"epoch {epoch}")
+    tower = (
+        "holds the frozen tower"
+        if holds_tower(checkpoint)
+        else f"was trained beside this tower, {checkpoint['tower_file']}, SHA-256 {checkpoint['tower_sha256'][:12]}"
+    )
+    return f"weights: {source} ({', '.join(facts)}) loaded; it {tower}"
 
-    If the file holds the tower, the model can be built without its weights: `build_model(config, load_tower=False)`.
-    `choices` are those of `load_model_state`.
+
+def load_weights(
+    model: Side4Video, path: str | Path, *, new_head: bool = False, new_size: bool = True
+) -> dict[str, Any]:
+    """Read a checkpoint of any form, fill the model with `load_model_state`, and return what was read.
+
+    If the file holds the tower, the model may be built without weights: `build_model(config, load_tower=False)`.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit.
     """
     checkpoint = read_checkpoint(path)
-    load_model_state(model, checkpoint, path, **choices)
+    load_model_state(model, checkpoint, path, new_head=new_head, new_size=new_size)
     return checkpoint
 
 
@@ -213,13 +236,14 @@ def load_model_state(
     new_head: bool = False,
     new_size: bool = True,
 ) -> bool:
-    """Fill a model from a checkpoint, with proof that its tower is the one that the side network was trained beside.
+    """Fill a model from a checkpoint, and check that its tower is the one that the side network was trained beside.
 
     Args:
-        checkpoint: of `read_checkpoint`, in either form.
-        source: its file, for errors.
-        new_head: a head of another number of classes is left out, and the model keeps its own.
-        new_size: position tables of another input size are resampled, bicubically.
+        model: on the CPU, not sharded.
+        checkpoint: result of `read_checkpoint`.
+        source: file of the checkpoint, for errors and the log.
+        new_head: if the checkpoint's head has another number of classes, the model keeps its own head.
+        new_size: position tables of another input size are resampled bicubically.
 
     Returns:
         True if the head came from the checkpoint.
@@ -227,33 +251,41 @@ def load_model_state(
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape, or the tower is another one.
     """
-    official = is_official(checkpoint)
-    if official:
-        tower, trained = from_official(model, checkpoint["model_state_dict"], str(source))
+    tower: dict[str, Tensor] | None
+    if is_released(checkpoint):
+        tower, trained = from_released(model, checkpoint["model_state_dict"], str(source))
     else:
-        tower, trained = (state and dict(state) for state in (checkpoint["tower"], checkpoint["trained"]))
+        tower = dict(checkpoint["tower"]) if holds_tower(checkpoint) else None
+        trained = dict(checkpoint["trained"])
     head_kept = _fit_head(model, trained, source, new_head)
     resampled = new_size and _fit_positions(model, tower, trained, source)
     if tower is not None:
         load_strictly(model.backbone, tower, f"{source} (frozen tower)", assign=True)
         model.backbone.weight_file = model.backbone.hashes = None
     load_strictly(model.trained, trained, str(source))
-    if official:
-        return head_kept
+    if not is_released(checkpoint):  # a released checkpoint holds its tower and has no hash to compare with
+        hashes = tower_hashes(tower) if tower is not None else model_state(model)
+        _check_tower(checkpoint, hashes, resampled, source)
+    return head_kept
 
+
+def _check_tower(checkpoint: dict[str, Any], hashes: dict[str, str], resampled: bool, source: str | Path) -> None:
+    """Compare the hashes of the tower that is there with those in the checkpoint.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     key = "tower_sha256_but_positions" if resampled else "tower_sha256"
-    present = tower_hashes(tower) if tower is not None else model_state(model)
-    if (found := present[key]) != (expected := checkpoint[key]):
+    if (found := hashes[key]) != (expected := checkpoint[key]):
         raise CheckpointError(
             f"{source}: was trained beside another frozen tower ({checkpoint['tower_file'] or 'held by the file'}, "
             f"SHA-256 of its tensors {expected[:12]}, here {found[:12]}); check network.arch, network.init and "
             "network.weights"
         )
-    return head_kept
 
 
 def _fit_head(model: Side4Video, trained: dict[str, Tensor], source: str | Path, new_head: bool) -> bool:
-    """Put the model's own head in the place of one with another number of classes; False if that was needed."""
+    """If the head in `trained` has another number of classes, replace it by the model's own and return False."""
     head = model.trained.head
     classes = len(trained.get("head.bias", head.bias))
     if classes == head.out_features:
@@ -268,16 +300,23 @@ def _fit_head(model: Side4Video, trained: dict[str, Tensor], source: str | Path,
 def _fit_positions(
     model: Side4Video, tower: dict[str, Tensor] | None, trained: dict[str, Tensor], source: str | Path
 ) -> bool:
-    """Resample position tables of another grid of patches to the model's, bicubically; True if that was needed."""
+    """Resample the position tables in `tower` and `trained` to the model's grid of patches, if theirs is another one.
+
+    Grids are square. Tables whose size fits no grid are left for `load_strictly` to refuse.
+
+    Returns:
+        True if tables were resampled.
+    """
     own = model.trained.side.pos
     table = trained.get("side.pos", own)
     old, new = math.isqrt(len(table)), math.isqrt(len(own))
     if old == new or old**2 != len(table):
         return False
     trained["side.pos"] = resample_abs_pos_embed(table[None], [new, new], num_prefix_tokens=0)[0]
-    vit, table = model.backbone.vit, (tower or {}).get(TOWER_POSITIONS)
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    if table is not None and table.shape[:2] == (1, prefix + old**2):
-        tower[TOWER_POSITIONS] = resample_abs_pos_embed(table, [new, new], num_prefix_tokens=prefix)
+    if tower is not None and TOWER_POSITIONS in tower:
+        vit, tower_table = model.backbone.vit, tower[TOWER_POSITIONS]
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens  # towers without a class position have only patches
+        if tower_table.shape[:2] == (1, prefix + old**2):
+            tower[TOWER_POSITIONS] = resample_abs_pos_embed(tower_table, [new, new], num_prefix_tokens=prefix)
     log.info("positions: %d x %d patches of %s resampled to %d x %d", old, old, source, new, new)
     return True

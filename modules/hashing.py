@@ -1,16 +1,16 @@
-"""SHA-256 of tensors: what a checkpoint proves its frozen tower with."""
+"""SHA-256 of tensors: checks that a checkpoint runs beside the tower it was trained with."""
 
 import hashlib
 
 import torch
 from torch import Tensor
 
-TOWER_POSITIONS = "vit.pos_embed"  # the only tensor of a tower that another input size changes
-_CHUNK = 1 << 22  # elements converted at a time, so that a big tensor is never held twice
+TOWER_POSITIONS = "vit.pos_embed"  # the only tensor of a tower that depends on the input size
+_CHUNK = 1 << 22  # elements that are converted at a time, so that no large tensor is in memory twice
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and bytes, in alphabetical order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         _update([digest], name, tensor, tensor.dtype)
@@ -18,15 +18,15 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def tower_hashes(tower: dict[str, Tensor]) -> dict[str, str]:
-    """`tower_sha256` and `tower_sha256_but_positions` of a checkpoint, from the state dict of a FrozenTower.
+    """Return `tower_sha256` and `tower_sha256_but_positions` of a checkpoint, from the state dict of a FrozenTower.
 
-    The same as `hash_tensors` of the tensors in float32, which holds every value of the half types: the proof of a
-    published file is one and the same whatever `network.backbone_dtype` the tower is then converted to.
+    They are `hash_tensors` of the tensors converted to float32, with and without the position table. float32 holds
+    every value of the half types, so a file in half precision and its float32 copy have the same hashes.
     """
     whole, others = hashlib.sha256(), None
     for name, tensor in sorted(tower.items()):
         if name == TOWER_POSITIONS:
-            others = whole.copy()  # all blocks come before it in the alphabet, so they are hashed once
+            others = whole.copy()  # in alphabetical order it comes after all blocks, so these are hashed once
             digests = [whole]
         else:
             digests = [whole] if others is None else [whole, others]

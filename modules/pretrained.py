@@ -1,4 +1,4 @@
-"""Published weight files -> the frozen tower, strictly (docs/protocol.md section 1)."""
+"""Published weight files -> the frozen tower, with every tensor accounted for (docs/protocol.md section 1)."""
 
 import logging
 import pickle
@@ -19,48 +19,61 @@ from utils.errors import CheckpointError, ConfigError
 
 HUB = "hub"
 PRETRAINED_DIR = Path("clip_pretrain")
-CUT_OFF = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")  # what FrozenTower prunes: nothing reads it
+REMOVED = ("norm.", "fc_norm.", "head.", "head_drop.", "attn_pool.")  # parts of timm's models that FrozenTower removes
 
 log = logging.getLogger(__name__)
 
 
 def load_tower_weights(tower: FrozenTower, architecture: Architecture, arch: str, weights: str | None = None) -> None:
-    """Fill the tower from `weights`, or from the architecture's own file in clip_pretrain/, and log one line.
+    """Fill the tower from its weight file and log one line.
 
-    `weights` is a path, or `hub`: what timm publishes for a `timm/<name>`, from its cache or downloaded.
+    The file may be of any form that `read_state_dict` reads, in half or single precision, with the names of OpenAI,
+    EVA-CLIP or timm. It must hold every tensor of the tower. Beside these it may hold blocks that are not read, the
+    final norm, the projection and a text tower, but nothing else.
 
-    The file is any that `read_state_dict` reads, in half or single precision, with OpenAI's or timm's names; every
-    tensor of the tower must be in it, and nothing that the tower does not know but its final norm, its projection and
-    the text tower.
+    Args:
+        tower: filled in place.
+        architecture, arch: entry and value of `network.arch`.
+        weights: value of `network.weights`: a path; `hub` for timm's own weights, downloaded or from its cache; or
+            None for the architecture's own file in clip_pretrain/.
 
     Raises:
-        ConfigError: no file is there, or the architecture has none of its own.
+        ConfigError: the file does not exist, or the architecture has no file of its own.
         CheckpointError: the file cannot be read, or tensors are missing, unknown or of another shape.
     """
     if weights == HUB:
         source, published = fetch_from_hub(tower, architecture, arch)
-        name = source
+        weight_file = source
     else:
-        source = find_weight_file(architecture, arch, weights)
-        name, published = source.name, read_state_dict(source)
+        path = find_weight_file(architecture, arch, weights)
+        source, weight_file, published = str(path), path.name, read_state_dict(path)
     family = eva if isinstance(tower.vit, eva.Eva) else vision_transformer
-    cut_off = (*CUT_OFF, *(f"blocks.{i}." for i in range(tower.num_blocks, tower.depth)))
+    not_read = tuple(f"blocks.{i}." for i in range(tower.num_blocks, tower.depth))
     converted = family.checkpoint_filter_fn(published, tower.vit)
-    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith(cut_off)}
+    tensors = {name: tensor for name, tensor in converted.items() if not name.startswith((*REMOVED, *not_read))}
     load_strictly(tower.vit, tensors, f"{source} (network.arch {arch})", assign=True)
-    tower.weight_file = name
+    tower.weight_file = weight_file
     tower.hashes = tower_hashes({f"vit.{name}": tensor for name, tensor in tensors.items()})
-    unused = len(published) - len(tensors)
+    of_blocks = sum(name.startswith(not_read) for name in converted)
     log.info(
-        "tower: %d tensors from %s; %d others not needed (final norm, projection, text)", len(tensors), source, unused
+        "tower: %d tensors from %s; not needed: %d of blocks after the last one read, %d others (final norm, "
+        "projection, text)",
+        len(tensors),
+        source,
+        of_blocks,
+        len(published) - len(tensors) - of_blocks,
     )
 
 
 def fetch_from_hub(tower: FrozenTower, architecture: Architecture, arch: str) -> tuple[str, dict[str, Tensor]]:
-    """Name and tensors of timm's own weights. A named architecture is refused: timm's are not those it stands for."""
+    """Return name and tensors of timm's own weights for a `timm/<name>`.
+
+    Raises:
+        ConfigError: `arch` stands for another published file, timm has no weights for it, or the download failed.
+    """
     if architecture.weight_file is not None:
         raise ConfigError(f"network.weights: hub is for timm/<name>; {arch} means the file {architecture.weight_file}")
-    pretrained = tower.vit.pretrained_cfg
+    pretrained = tower.pretrained_cfg
     if not pretrained.get("hf_hub_id"):
         raise ConfigError(f"network.weights: hub has no weights for {arch}; name a file, or another tag of the model")
     source = f"hub:{pretrained['hf_hub_id']}"
@@ -75,7 +88,11 @@ def fetch_from_hub(tower: FrozenTower, architecture: Architecture, arch: str) ->
 
 
 def find_weight_file(architecture: Architecture, arch: str, weights: str | None) -> Path:
-    """The file that `network.weights` or the architecture names; an error says which, whose and where."""
+    """Return the file that `network.weights` or the architecture names.
+
+    Raises:
+        ConfigError: it does not exist. The message says which file is needed, who publishes it and where to put it.
+    """
     if weights is not None:
         path, what = Path(weights), f"network.weights: {weights} does not exist"
     elif architecture.weight_file is None:
@@ -97,12 +114,12 @@ def find_weight_file(architecture: Architecture, arch: str, weights: str | None)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict (torch.save or .safetensors) or of a TorchScript archive, by name, on the CPU.
+    """Read the named tensors of a state dict (torch.save or .safetensors) or of a TorchScript archive, on the CPU.
 
-    No code of the file is run.
+    Entries that are not tensors are left out. No code in the file is run.
 
     Raises:
-        CheckpointError: the file cannot be read, holds something else, or asks for more than tensors need.
+        CheckpointError: the file cannot be read, holds no tensors, or needs classes that are not allowed.
     """
     try:
         content = read_content(path)
@@ -117,7 +134,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def read_content(path: Path) -> Any:
-    """Whatever a file holds; the errors are those of the library that reads it."""
+    """Read a file of any of the supported forms; raises what the library that reads it raises."""
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     if is_torchscript(path):
@@ -126,7 +143,7 @@ def read_content(path: Path) -> Any:
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of `read_content`; torch's own words advise to run what it refused."""
+    """One line for an error of `read_content`, without torch's advice to load the file unsafely."""
     text = str(error).strip()
     if refused := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {refused[1]}, which no tensor needs and is refused"
@@ -136,10 +153,17 @@ def explain(error: Exception) -> str:
 
 
 def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: str, assign: bool = False) -> None:
-    """`load_state_dict` whose error is one line that lists what is missing, unknown or of another shape.
+    """`load_state_dict` with an error of one line.
 
-    With `assign`, tensors of the module's types become its own, with no copy: a mapped file stays where it is, and must
-    not be written to afterwards. Those of other types are converted one by one. Parameters may be on the meta device.
+    Args:
+        module: its parameters may be on the meta device if `assign` is set.
+        tensors: state dict of the module.
+        source: where the tensors come from, for errors.
+        assign: use the tensors themselves instead of copying them; only those of another dtype are converted, one by
+            one. Tensors of a memory-mapped file stay in the file, which must not be changed afterwards.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or of another shape.
     """
     own = module.state_dict()
     refuse_misfits(
@@ -158,7 +182,7 @@ def load_strictly(module: torch.nn.Module, tensors: dict[str, Tensor], source: s
 
 
 def refuse_misfits(source: str, **misfits: list[str]) -> None:
-    """One CheckpointError that counts and lists them all, unless every list is empty."""
+    """Raise one CheckpointError that counts and lists all misfits, by kind, unless every list is empty."""
     complaints = [
         f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         for kind, names in misfits.items()

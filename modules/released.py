@@ -1,20 +1,23 @@
-"""The released checkpoints' names for our tensors, both ways (docs/protocol.md section 3).
+"""Names of tensors in the released checkpoints of Side4Video, and conversion both ways (docs/protocol.md section 3).
 
-A released file holds the whole model, frozen tower included, under `model_state_dict`, with or without a leading
-`module.`. Shapes are the same as ours but for the leading axes of LEADING_AXES.
+A released file holds the whole model, frozen tower included, in the entry `model_state_dict`. Names may start with
+`module.`. Shapes are ours, except that the tensors in LEADING_AXES have fewer axes.
 """
 
 import re
 
+from timm.layers import SwiGLU
 from torch import Tensor, cat
 
 from modules.pretrained import refuse_misfits
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError
 
-# Norm placement -> start of a name in Side4Video.state_dict() -> start of the released one. `*` is the layer's number;
-# of several starts that fit, the longest counts. Where a tuple stands, its tensors one after another make ours.
-OFFICIAL_NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
+Names = dict[str, str | tuple[str, ...]]
+
+# Norm placement -> start of a name in Side4Video.state_dict() -> start of the released name. `*` is the layer's number.
+# If several starts fit a name, the longest is used. A tuple names several tensors that are concatenated to make ours.
+RELEASED_NAMES: dict[str, Names] = {
     "pre": {
         "backbone.vit.patch_embed.proj.": "visual.conv1.",
         "backbone.vit.cls_token": "visual.class_embedding",
@@ -57,28 +60,31 @@ OFFICIAL_NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
         "trained.head.": "fc.",
     },
 }
-SWIGLU_NAMES = {  # of the EVA towers that have it: all but bigE
+SWIGLU_NAMES: Names = {  # in addition, for EVA towers with a SwiGLU feed-forward: all except bigE
     "backbone.vit.blocks.*.mlp.fc1_g.": "visual.blocks.*.mlp.w1.",
     "backbone.vit.blocks.*.mlp.fc1_x.": "visual.blocks.*.mlp.w2.",
     "backbone.vit.blocks.*.mlp.norm.": "visual.blocks.*.mlp.ffn_ln.",
     "backbone.vit.blocks.*.mlp.fc2.": "visual.blocks.*.mlp.w3.",
 }
-# What EVA's released files hold and nothing reads: the final norm and the projection. Tables of rope are rebuilt.
+# Tensors in the released EVA files that are not used: final norm and projection, and rope's tables, which are computed.
 NOT_READ = re.compile(r"visual\.(norm|fc_norm|head)\.|.*\brope\.")
-LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}  # of size 1 in ours, absent there
+LEADING_AXES = {
+    "visual.class_embedding": 2,
+    "visual.positional_embedding": 1,
+}  # number of axes of size 1 that only ours has
 
 
-def to_official(model: Side4Video) -> dict[str, Tensor]:
-    """The whole model under the released names; the tensors are views of the model's, but rope's tables.
+def to_released(model: Side4Video) -> dict[str, Tensor]:
+    """Return the whole model under the released names. The tensors are views of the model's, except rope's tables.
 
-    EVA's final norm and projection are left out, as for the OpenAI towers: this project does not keep them.
+    EVA's final norm and projection are left out, because this project does not keep them.
 
     Raises:
-        CheckpointError: the tower has tensors that no released checkpoint has.
+        CheckpointError: the tower has a tensor without a released name.
     """
     own = model.state_dict()
     state = {}
-    for name, theirs in official_names(model).items():
+    for name, theirs in released_names(model).items():
         tensors = own[name].chunk(len(theirs)) if len(theirs) > 1 else [own[name]]
         for part, tensor in zip(theirs, tensors, strict=True):
             state[part] = tensor[(0,) * LEADING_AXES.get(part, 0)]
@@ -86,7 +92,10 @@ def to_official(model: Side4Video) -> dict[str, Tensor]:
 
 
 def rope_tables(model: Side4Video) -> dict[str, Tensor]:
-    """EVA-CLIP's tables (N, head width), one pair for the tower and the same again in each block; {} without rope."""
+    """EVA-CLIP's tables (N, width of a head), one pair for the tower and the same pair for each block; {} without rope.
+
+    N is the number of patches of a frame.
+    """
     rope = getattr(model.backbone.vit, "rope", None)
     if rope is None:
         return {}
@@ -99,14 +108,18 @@ def rope_tables(model: Side4Video) -> dict[str, Tensor]:
     }
 
 
-def from_official(model: Side4Video, state: dict[str, Tensor], source: str) -> tuple[dict, dict]:
-    """State dicts of `model.backbone` and `model.trained` from a released `model_state_dict`. Nothing is loaded.
+def from_released(
+    model: Side4Video, state: dict[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Convert a released `model_state_dict` to the state dicts of `model.backbone` and `model.trained`.
+
+    Nothing is loaded, and shapes are not checked: `load_strictly` does both.
 
     Raises:
-        CheckpointError: tensors are missing or unknown. Shapes are left to who loads them.
+        CheckpointError: tensors are missing or unknown.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    names, eva = official_names(model), model.trained.side.norm_placement == "post"
+    names, eva = released_names(model), model.trained.side.norm_placement == "post"
     known = dict.fromkeys(part for theirs in names.values() for part in theirs)
     refuse_misfits(
         source,
@@ -121,10 +134,14 @@ def from_official(model: Side4Video, state: dict[str, Tensor], source: str) -> t
     return parts["backbone"], parts["trained"]
 
 
-def official_names(model: Side4Video) -> dict[str, tuple[str, ...]]:
-    """Name in `model.state_dict()` -> released names of the tensor, or of its parts along the first axis."""
-    table = OFFICIAL_NAMES[model.trained.side.norm_placement]
-    if any(".mlp.fc1_g." in name for name in model.backbone.state_dict()):
+def released_names(model: Side4Video) -> dict[str, tuple[str, ...]]:
+    """Name in `model.state_dict()` -> released names of the tensor, or of its parts along the first axis.
+
+    Raises:
+        CheckpointError: a tensor has no released name.
+    """
+    table = RELEASED_NAMES[model.trained.side.norm_placement]
+    if any(isinstance(module, SwiGLU) for module in model.backbone.modules()):
         table = table | SWIGLU_NAMES
     names = {}
     for name in model.state_dict():
@@ -132,8 +149,9 @@ def official_names(model: Side4Video) -> dict[str, tuple[str, ...]]:
         pattern = name.replace(layer[0], ".*.", 1) if layer else name
         start = max((start for start in table if pattern.startswith(start)), key=len, default=None)
         if start is None:
-            raise CheckpointError(f"{name}: a tensor of this model that the released checkpoints have no name for")
-        theirs = (table[start],) if isinstance(table[start], str) else table[start]
+            raise CheckpointError(f"{name}: the released checkpoints have no name for this tensor of the model")
+        released = table[start]
+        theirs = (released,) if isinstance(released, str) else released
         rest = pattern.removeprefix(start)
         names[name] = tuple((part + rest).replace("*", layer[1] if layer else "") for part in theirs)
     return names

@@ -1,4 +1,7 @@
-"""Side4Video: a frozen tower, the side network beside it, and a linear head."""
+"""Side4Video: a frozen tower, the side network beside it, and a linear head.
+
+Letters: B clips, T frames of a clip, N patches of a frame, D tower width, H and W pixel height and width, K classes.
+"""
 
 import warnings
 from collections.abc import Iterable
@@ -10,13 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modules.backbones import FrozenTower
-from modules.side_network import SideNetwork, TokenBatchNorm
-from utils.distributed import average_bucket, get_world_size
+from modules.side_network import SideNetwork
+from modules.token_norm import TokenBatchNorm
+from utils.distributed import get_world_size
 from utils.errors import ConfigError
 
 
 class SideClassifier(nn.Module):
-    """All that is trained: the side network, dropout and the linear head."""
+    """Everything that is trained: the side network, dropout and the linear head."""
 
     def __init__(self, side: SideNetwork, num_classes: int, drop_fc: float = 0.0):
         super().__init__()
@@ -25,36 +29,45 @@ class SideClassifier(nn.Module):
         self.head = nn.Linear(side.pos.shape[1], num_classes)
 
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
-        """(B, T, 3, H, W) and (B, T, 1 + N, D) a layer -> logits (B, K)."""
+        """Clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> logits (B, K)."""
         return self.head(self.dropout(self.side(clips, layer_tokens)))
 
 
 class Side4Video(nn.Module):
-    """Maps normalised clips, float32 (B, T, 3, H, W), to logits (B, K). No gradient reaches `backbone`."""
+    """Maps normalised clips, float32 (B, T, 3, H, W), to logits (B, K). No gradient reaches `backbone`.
+
+    Attributes:
+        sharded: the tower's tensors are split over the processes, so all of them must call the model equally often.
+    """
 
     def __init__(self, backbone: FrozenTower, trained: SideClassifier):
         super().__init__()
         self.backbone = backbone
         self.trained = trained
         self.sharded = False
-        self._replicas: list[DistributedDataParallel] = []  # a list, so that state_dict() does not see the wrapper
+        self._replicas: list[DistributedDataParallel] = []  # in a list, so that state_dict() does not see the wrapper
+
+    @property
+    def replica(self) -> DistributedDataParallel | None:
+        """The wrapper of `trained` that averages gradients over processes, or None before `parallelize`."""
+        return self._replicas[0] if self._replicas else None
 
     def forward(self, clips: Tensor) -> Tensor:
-        trained = self._replicas[0] if self._replicas and self.training else self.trained
+        """Clips (B, T, 3, H, W) -> logits (B, K)."""
+        trained = self.replica if self.replica and self.training else self.trained
         return trained(clips, self.backbone.layer_tokens(clips))
 
     def place(self, device: torch.device, shard_backbone: bool = False, compile_backbone: bool = False) -> None:
-        """Move the model, filled and on the CPU, to this process's device.
+        """Move the model, which is on the CPU and holds its weights, to this process's device.
 
         Args:
-            device: that of `utils.distributed.init_distributed`.
+            device: the result of `utils.distributed.init_distributed`.
             shard_backbone: split the tower's tensors over the processes of the default group, if there are several.
-                `sharded` is True then, and all processes must call the model equally often.
-            compile_backbone: compile the tower's blocks. The side network stays as it is: compilers would merge what
-                its backward pass computes again with what it computed before, and keep all of it in between.
+            compile_backbone: compile the tower's blocks. The side network is never compiled: a compiler would merge
+                the second run of a recomputed block with the first one, and so keep all activations in between.
 
         Raises:
-            ConfigError: nothing can be compiled on this machine.
+            ConfigError: torch.compile does not work on this machine.
         """
         if compile_backbone:
             check_compiler(device)
@@ -64,42 +77,51 @@ class Side4Video(nn.Module):
             self.sharded = True
         self.to(device)
 
-    def parallelize(self, sync_bn: bool = False) -> None:
-        """Average the gradients of the trained part over the processes of the default group; the tower stays outside.
+    def parallelize(self) -> None:
+        """From now on, average the gradients of the trained part over the processes of the default group.
 
-        BatchNorm's running statistics are not sent in every step: training never reads them. `broadcast_buffers`
-        makes them those of process 0 before they are used.
-
-        Args:
-            sync_bn: BatchNorm takes its statistics over all processes.
+        Running statistics of BatchNorm are not exchanged in each step, because training never reads them. Call
+        `broadcast_buffers` before they are used.
         """
-        for module in self.trained.modules():
-            if isinstance(module, TokenBatchNorm):
-                module.synced = sync_bn
         device = next(self.trained.parameters()).device
         device_ids = [device.index] if device.type == "cuda" else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the argument's newer name, which torch 2.6 has not
+            warnings.simplefilter("ignore", FutureWarning)  # the argument has a newer name that torch 2.6 does not know
             replica = DistributedDataParallel(self.trained, device_ids=device_ids, broadcast_buffers=False)
-        replica.register_comm_hook(None, average_bucket)
         self._replicas = [replica]
+
+    def reduced_bytes(self, accumulation: int = 1) -> int:
+        """Bytes that each process hands to all-reduce for one update of the weights; 0 without `parallelize`.
+
+        Gradients go once an update. Statistics of BatchNorm with `sync_bn` go in each of the `accumulation` steps,
+        forward and backward.
+        """
+        if self.replica is None:
+            return 0
+        gradients = sum(parameter.nbytes for parameter in self.trained.parameters() if parameter.requires_grad)
+        norms = [module for module in self.trained.modules() if isinstance(module, TokenBatchNorm)]
+        return gradients + accumulation * sum(norm.shared_bytes for norm in norms)
 
     def broadcast_buffers(self) -> None:
         """Give every process the running statistics of process 0."""
-        if self._replicas:
+        if self.replica is not None:
             for buffer in self.trained.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def no_sync(self) -> AbstractContextManager:
-        """Forward and backward inside add to the local gradients only (all but the last step of an accumulation)."""
-        return self._replicas[0].no_sync() if self._replicas else nullcontext()
+        """Inside, gradients add up on each process and are not averaged: for all but the last step of an update."""
+        return nullcontext() if self.replica is None else self.replica.no_sync()
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ConfigError if torch.compile does not work here, for want of a C++ compiler above all."""
+    """Compile a small function, to fail early.
+
+    Raises:
+        ConfigError: torch.compile does not work on this machine, most often because there is no C++ compiler.
+    """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device))
-    except Exception as error:  # torch wraps what compilers and linkers say in many kinds
+    except Exception as error:  # errors of compilers and linkers come wrapped in many exception types
         reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
         raise ConfigError(
             f"solver.compile: torch.compile does not work here ({reason}); install a C++ compiler such as g++ (CXX "

@@ -1,28 +1,30 @@
-"""The spatial-temporal side network: what Side4Video trains (paper section 3.2, docs/protocol.md section 2).
+"""The spatial-temporal side network: the part that Side4Video trains (paper section 3.2, docs/protocol.md section 2).
 
-It runs beside a frozen image tower. Each side block takes the tokens that one block of the tower gives for every frame,
-mixes them into its own narrow stream and looks over time, inside the frame, and at each token:
+It runs beside a frozen image tower. Each side block receives the tokens of one tower block, adds them to its own,
+narrower tokens, and then mixes these over time, inside each frame, and over channels:
 
     stem -> [ fuse tower tokens -> temporal convolution -> spatial attention -> feed-forward ] x layers -> mean
 
-The variants `pre` and `post` of the protocol differ in where the norms stand, which is an argument here.
+The two variants of the protocol, `pre` and `post`, differ in where the norms stand (argument `norm_placement`).
 
-Shapes, one letter one meaning in the whole project:
-    B clips   T frames of a clip   P patch size   N patches of a frame, row-major
-    D width of the tower   S width of the side network   K classes
-All streams are channels-last, (B, T, N, S) contiguous: pointwise convolutions are matrix products, BatchNorm sees rows,
-and nothing is ever transposed. tests/textbook.py holds the plain nn.Conv3d form that this one must equal.
+Letters, with the same meaning in the whole project:
+    B clips   T frames of a clip   P patch size   N patches of a frame, row-major   H, W pixel height and width
+    D width of the tower   S width of the side network   L blocks of the tower   K classes
+
+Tokens are channels-last and contiguous, (B, T, N, S): pointwise convolutions are matrix products, BatchNorm takes rows,
+and nothing is transposed. tests/textbook.py has the plain nn.Conv3d form, which gives the same results.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.autograd import FrozenLinear, Pass, PatchLinear, SyncedNorm, ThreeTaps, UnseenLinear, recomputed
-from utils.distributed import all_reduce, get_world_size
+from modules.autograd import FrozenLinear, PatchLinear, ThreeTaps
+from modules.recompute import ResidualLinear, recomputed
+from modules.token_norm import TokenBatchNorm
 
 HEAD_WIDTH = 64
 NormPlacement = Literal["pre", "post"]
@@ -31,9 +33,11 @@ NormPlacement = Literal["pre", "post"]
 class TubeletStem(nn.Conv3d):
     """Conv3d(3 -> S, kernel (3, P, P), stride (1, P, P), padding (1, 0, 0)) on clips, giving tokens.
 
-    One product of every patch with the three temporal slices of the kernel, then a sum over neighbouring frames: no
+    One product of every patch with the three temporal slices of the kernel, then a sum over neighbouring frames, so no
     patch is copied three times.
     """
+
+    bias: Tensor
 
     def __init__(self, side_width: int, patch_size: int):
         super().__init__(3, side_width, (3, patch_size, patch_size), (1, patch_size, patch_size), (1, 0, 0))
@@ -60,7 +64,7 @@ class PointwiseConv(nn.Conv3d):
 
 
 class TemporalConv(nn.Conv3d):
-    """Depthwise Conv3d (3, 1, 1), padding (1, 0, 0), on channels-last tokens without changing their layout."""
+    """Depthwise Conv3d (3, 1, 1), padding (1, 0, 0), on channels-last tokens. The weight has shape (S, 1, 3, 1, 1)."""
 
     def __init__(self, width: int):
         super().__init__(width, width, (3, 1, 1), padding=(1, 0, 0), groups=width)
@@ -70,52 +74,8 @@ class TemporalConv(nn.Conv3d):
         return ThreeTaps.apply(x, self.weight.view(-1, 3).t().contiguous(), self.bias)
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over B, T and space, the rows.
-
-    Attributes:
-        synced: take them over the rows of all processes.
-    """
-
-    synced = False
-
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        """(B, T, N, S) -> (B, T, N, S)."""
-        rows = x.flatten(0, -2)
-        if run.training and self.synced and get_world_size() > 1:
-            y = SyncedNorm.apply(rows, self.weight, self.bias, *self._shared_statistics(rows, run), self.eps)
-        elif run.training and run.again:
-            y = F.batch_norm(rows, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        elif run.training:
-            self.num_batches_tracked += 1
-            statistics = self.running_mean, self.running_var
-            y = F.batch_norm(rows, *statistics, self.weight, self.bias, True, self.momentum, self.eps)
-        else:
-            y = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return y.view_as(x)
-
-    @torch.no_grad()
-    def _shared_statistics(self, rows: Tensor, run: Pass) -> tuple[Tensor, Tensor, float]:
-        """Mean and biased variance of the rows of all processes, and their number."""
-        if run.again:
-            return run.shared.pop(0)
-        var, mean = (t.double() for t in torch.var_mean(rows.to(self.weight.dtype), dim=0, correction=0))
-        count = mean.new_full((1,), len(rows))
-        # Square sums lose all digits where a mean is large, but for the 53 bits of double.
-        sums = all_reduce(torch.cat([mean * count, (var + mean * mean) * count, count]))
-        total, squares, count = sums.split([len(mean), len(mean), 1])
-        mean = total / count
-        var = squares / count - mean * mean
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        unbiased = var * (count / (count - 1))
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        run.shared.append((mean.to(self.weight.dtype), var.to(self.weight.dtype), count))
-        return run.shared[-1]
-
-
 def shift_class_token(class_tokens: Tensor) -> Tensor:
-    """(B, T, S) -> (B, T, S): at frame t the first S // 2 channels of t + 1, the others of t - 1, zeros beyond."""
+    """(B, T, S) -> (B, T, S): channels below S // 2 come from frame t + 1, the others from t - 1; zeros at the ends."""
     half = class_tokens.shape[-1] // 2
     shifted = torch.zeros_like(class_tokens)
     shifted[:, :-1, :half] = class_tokens[:, 1:, :half]
@@ -124,7 +84,7 @@ def shift_class_token(class_tokens: Tensor) -> Tensor:
 
 
 class FrameAttention(nn.Module):
-    """Attention inside each frame: the N patch tokens ask, they and the shifted class token in front of them answer."""
+    """Attention inside each frame. Queries: patch tokens. Keys and values: the shifted class token and patch tokens."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -134,25 +94,23 @@ class FrameAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, 1 + N, S), class token first -> (B, T, N, S)."""
-        B, T, M, S = tokens.shape
-        qkv = self.qkv(tokens).view(B * T, M, 3, self.num_heads, HEAD_WIDTH)
-        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
+        qkv = self.qkv(tokens).flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
+        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B * T, S // 64, 1 + N, 64) each
         x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
-        return self.proj(x.transpose(1, 2).reshape(B, T, M - 1, S))
+        return self.proj(x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2]))
 
 
 class Mlp(nn.Module):
-    """Linear S -> 4S, exact GELU, Linear 4S -> S."""
+    """Linear S -> 4S, exact GELU, Linear 4S -> S of the class `last`."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, last: type[nn.Linear] = nn.Linear):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc2 = last(4 * width, width)
 
-    def forward(self, x: Tensor, unseen: bool = False) -> Tensor:
-        """(..., S) -> (..., S); zeros that only have gradients if the result is `unseen`."""
-        x = F.gelu(self.fc1(x))
-        return UnseenLinear.apply(x, self.fc2.weight, self.fc2.bias) if unseen else self.fc2(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., S) -> (..., S)."""
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerProjection(nn.Module):
@@ -165,7 +123,7 @@ class LayerProjection(nn.Module):
         self.linear = nn.Linear(backbone_width, side_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, 1 + N, D) of any type, without gradient -> (B, T, 1 + N, S)."""
+        """(B, T, 1 + N, D) of any dtype, without gradient -> (B, T, 1 + N, S)."""
         norm, linear = self.norm, self.linear
         if self.norm_placement == "pre":
             return FrozenLinear.apply(tokens, linear.weight, linear.bias, norm.weight, norm.bias, norm.eps)
@@ -173,30 +131,31 @@ class LayerProjection(nn.Module):
 
 
 class SideBlock(nn.Module):
-    """One side layer: temporal convolution, attention inside the frame, feed-forward, each with a residual."""
+    """One side layer: temporal convolution, attention inside each frame, feed-forward, each with a residual."""
 
-    def __init__(self, width: int, norm_placement: NormPlacement):
+    def __init__(self, width: int, norm_placement: NormPlacement, sync_bn: bool = False):
         super().__init__()
         self.norm_placement = norm_placement
-        self.bn_1 = TokenBatchNorm(width)
+        self.bn_1 = TokenBatchNorm(width, sync_bn)
         self.conv = nn.Sequential(PointwiseConv(width), TemporalConv(width), PointwiseConv(width))
         self.ln_1 = nn.LayerNorm(width)
         self.attn = FrameAttention(width)
-        self.bn_2 = TokenBatchNorm(width)
-        self.mlp = Mlp(width)
+        self.bn_2 = TokenBatchNorm(width, sync_bn)
+        self.mlp = Mlp(width, last=ResidualLinear if norm_placement == "pre" else nn.Linear)
 
-    def forward(self, x: Tensor, shifted: Tensor, pos: Tensor, run: Pass) -> Tensor:
-        """(B, T, N, S), shifted class tokens (B, T, 1, S), positions (N, S) -> (B, T, N, S)."""
+    def forward(self, x: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
+        """Tokens (B, T, N, S), shifted class tokens (B, T, 1, S), position table (N, S) -> (B, T, N, S)."""
         if self.norm_placement == "pre":
-            x = x + self.conv(self.bn_1(x, run))
+            x = x + self.conv(self.bn_1(x))
             x = x + self.attn(self.ln_1(self._frame_tokens(x, shifted, pos)))
-            return x + self.mlp(self.bn_2(x, run), unseen=run.again)
-        x = x + self.bn_1(self.conv(x), run)
+            return x + self.mlp(self.bn_2(x))
+        x = x + self.bn_1(self.conv(x))
         x = x + self.ln_1(self.attn(self._frame_tokens(x, shifted, pos)))
-        return x + self.bn_2(self.mlp(x), run)
+        return x + self.bn_2(self.mlp(x))
 
     @staticmethod
     def _frame_tokens(x: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
+        """What attention reads, (B, T, 1 + N, S): the shifted class token, then patch tokens with their positions."""
         return torch.cat([shifted.to(x.dtype), x + pos.to(x.dtype)], dim=2)
 
 
@@ -206,17 +165,16 @@ class SideNetwork(nn.Module):
     Args:
         backbone_width: D, width of the tower's tokens.
         side_width: S, a multiple of 64: attention has S // 64 heads.
-        num_layers: side blocks, one for each tower block whose tokens are given.
+        num_layers: number of side blocks, one for each tower block that is read.
         patch_size: P, the tower's patch size, used by the stem.
         num_patches: N, patches of a frame.
         norm_placement: "pre" for OpenAI's CLIP towers, "post" for EVA's (docs/protocol.md section 2).
-
-    Attributes:
-        recompute: training keeps, of each block, its input and the tower's tokens alone, and computes the rest again in
-            the backward pass: same gradients, least memory.
+        recompute: keep only each block's input and the tower's tokens for the backward pass, and compute the rest
+            again there. Same gradients, least memory.
+        sync_bn: BatchNorm takes its statistics over all processes.
 
     Raises:
-        ValueError: `side_width` is no multiple of 64.
+        ValueError: `side_width` is not a multiple of 64.
     """
 
     def __init__(
@@ -227,31 +185,35 @@ class SideNetwork(nn.Module):
         patch_size: int,
         num_patches: int,
         norm_placement: NormPlacement = "pre",
+        recompute: bool = True,
+        sync_bn: bool = False,
     ):
         super().__init__()
         if side_width < HEAD_WIDTH or side_width % HEAD_WIDTH:
             raise ValueError(f"side width {side_width} is no multiple of {HEAD_WIDTH}, the width of an attention head")
         self.norm_placement = norm_placement
-        self.recompute = True
+        self.recompute = recompute
         self.stem = TubeletStem(side_width, patch_size)
-        self.stem_bn = TokenBatchNorm(side_width)
+        self.stem_bn = TokenBatchNorm(side_width, sync_bn)
         self.pos = nn.Parameter(torch.empty(num_patches, side_width))
         self.projections = nn.ModuleList(
             LayerProjection(backbone_width, side_width, norm_placement) for _ in range(num_layers)
         )
-        self.blocks = nn.ModuleList(SideBlock(side_width, norm_placement) for _ in range(num_layers))
+        blocks = [SideBlock(side_width, norm_placement, sync_bn) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         if norm_placement == "pre":
-            self.post_bn = TokenBatchNorm(side_width)
-        if norm_placement == "pre":
-            self._init_pre(side_width)
+            self.post_bn: nn.Module = TokenBatchNorm(side_width, sync_bn)
+            self._init_pre(blocks)
         else:
+            self.post_bn = nn.Identity()
             nn.init.normal_(self.pos, std=0.02)
 
-    def _init_pre(self, side_width: int) -> None:
-        """Effective initialisation of the released code; what is not named keeps PyTorch's. 24 stands for no depth."""
+    def _init_pre(self, blocks: Sequence[SideBlock]) -> None:
+        """Initialise as the released code does; tensors not named here keep PyTorch's defaults."""
+        side_width = self.pos.shape[1]
         nn.init.normal_(self.pos, std=0.01)
-        narrow = side_width**-0.5 * 24**-0.5
-        for block in self.blocks:
+        narrow = side_width**-0.5 * 24**-0.5  # 24 is a constant of the released code, whatever the number of layers
+        for block in blocks:
             nn.init.normal_(block.mlp.fc1.weight, std=(2 * side_width) ** -0.5)
             nn.init.normal_(block.mlp.fc2.weight, std=narrow)
             nn.init.normal_(block.attn.qkv.weight, std=side_width**-0.5)
@@ -260,20 +222,15 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(block.attn.proj.bias)
 
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
-        """Clips (B, T, 3, H, W), normalised, and tower tokens (B, T, 1 + N, D) a layer -> features (B, S).
+        """Normalised clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> features (B, S).
 
-        `layer_tokens` is read one layer at a time, so a generator keeps no more than one layer's tokens alive unless
-        the backward pass needs them.
+        `layer_tokens` may be a generator. It is read one layer at a time, so that without gradients no more than one
+        layer's tokens are in memory.
         """
-        x = self.stem_bn(self.stem(clips), Pass(self.training))
+        x = self.stem_bn(self.stem(clips))
         for projection, block, tokens in zip(self.projections, self.blocks, layer_tokens, strict=True):
             class_tokens, patches = projection(tokens).tensor_split([1], dim=2)
             shifted = shift_class_token(class_tokens.squeeze(2)).unsqueeze(2)
             x = (x + patches).mul_(0.5)
-            x = self._run(block, x, shifted)
-        return (self.post_bn(x, Pass(self.training)) if self.norm_placement == "pre" else x).mean(dim=(1, 2))
-
-    def _run(self, block: SideBlock, x: Tensor, shifted: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return recomputed(block, self.training, [x, shifted, self.pos], list(block.parameters()))
-        return block(x, shifted, self.pos, Pass(self.training))
+            x = recomputed(block, x, shifted, self.pos) if self.recompute else block(x, shifted, self.pos)
+        return self.post_bn(x).mean(dim=(1, 2))

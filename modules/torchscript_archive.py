@@ -1,8 +1,8 @@
-"""TorchScript archives, the form in which OpenAI publishes CLIP, read as data: none of their code is run or compiled.
+"""Read TorchScript archives, the form in which OpenAI publishes CLIP, without running or compiling their code.
 
-Such an archive is a zip of one folder. Its `data.pkl` is a pickled tree of modules, `data/<key>` holds the bytes of one
-storage, `code/` what `torch.jit.load` would compile. Every name that the pickle may ask for stands here for something
-inert, so that unpickling yields a description of the tree; the tensors are read afterwards.
+Such an archive is a zip file with one folder. In it, `data.pkl` is a pickled tree of modules, `data/<key>` holds the
+bytes of one storage, and `code/` what `torch.jit.load` would compile. Each class or function name that the pickle may
+use is mapped here to a class that does nothing, so unpickling only describes the tree. The tensors are read afterwards.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class ScriptObject:
-    """A module of the archive with its attributes; also a typed list, whose content nothing here needs."""
+    """A module of the archive with its attributes, or a typed list, of which the content is not needed."""
 
     attributes: dict[str, Any] = {}
 
@@ -28,7 +28,7 @@ class ScriptObject:
 
 
 class StorageView(NamedTuple):
-    """What `_rebuild_tensor_v2` is called with: a tensor as a strided view, offset and strides in elements."""
+    """A tensor as a strided view: the arguments of `_rebuild_tensor_v2`, with offset and strides in elements."""
 
     storage: tuple[str, torch.dtype, str, str, int]  # "storage", type, key, device, number of elements
     offset: int
@@ -75,7 +75,7 @@ class ArchiveUnpickler(pickle.Unpickler):
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive; a torch.save file is a zip too, but one without constants.pkl."""
+    """Whether a file is a TorchScript archive. Files of torch.save are zip files too, but without constants.pkl."""
     try:
         with zipfile.ZipFile(path) as archive:
             return find_folder(archive) is not None
@@ -84,17 +84,17 @@ def is_torchscript(path: Path) -> bool:
 
 
 def find_folder(archive: zipfile.ZipFile) -> str | None:
-    """The name of the one folder of a TorchScript archive, None in another zip."""
+    """Return the name of the folder in a TorchScript archive, None for other zip files."""
     folders = (name.split("/")[0] for name in archive.namelist() if name.endswith("/constants.pkl"))
     return next(folders, None)
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive under their dotted names, as `torch.jit.load(path).state_dict()` gives them.
+    """Read the tensors of a TorchScript archive, by dotted name: those of `torch.jit.load(path).state_dict()`.
 
     Raises:
-        pickle.UnpicklingError: the archive asks for a name that tensors do not need.
-        Exception: of many kinds, from zipfile, pickle and torch, when the archive is damaged.
+        pickle.UnpicklingError: the archive uses a class or function that is not allowed.
+        Exception: the archive is damaged; zipfile, pickle and torch raise many types.
     """
     with zipfile.ZipFile(path) as archive:
         folder = find_folder(archive)
@@ -113,7 +113,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def named_views(value: Any, name: str = "") -> Iterator[tuple[str, StorageView]]:
-    """(dotted name, view) of every tensor in the tree."""
+    """Yield (dotted name, view) of every tensor in the tree."""
     if isinstance(value, StorageView):
         yield name, value
     elif isinstance(value, ScriptObject):

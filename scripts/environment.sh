@@ -1,22 +1,25 @@
 # shellcheck shell=sh
-# Sourced by the other scripts, from the repository root. Its two functions set PYTHON to the interpreter to use: the
-# one that PYTHON names, else that of the active virtual environment, else that of .venv. Only .venv is installed into.
+# Functions that set PYTHON, the interpreter to use. The other scripts source this file from the repository root.
+#
+# PYTHON is the interpreter that the user names in PYTHON, otherwise that of the active virtual environment, otherwise
+# that of .venv. Packages are installed into .venv only, never into an environment that the user chose.
 
 fail() {
     printf 'error: %s\n' "$*" >&2
     exit 1
 }
 
-# make_environment FILE...: make, complete or update .venv to these requirements files, unless the user chose another.
+# make_environment FILE...: make .venv or bring it up to date with these requirements files. If the user chose another
+# environment, only check that it has the modules.
 make_environment() {
     given_python || complete_venv "$@"
     case $* in
-    *requirements-dev.txt*) require_modules pytest ruff ;;
+    *requirements-dev.txt*) require_modules pytest ruff mypy ;;
     *) require_modules ;;
     esac
 }
 
-# use_environment: install nothing; without .venv, python3 will do if it has what is needed.
+# use_environment: install nothing. Without .venv, take python3 if it has the modules.
 use_environment() {
     if ! given_python; then
         PYTHON=$PWD/.venv/bin/python
@@ -25,7 +28,7 @@ use_environment() {
     require_modules
 }
 
-# True if the user chose an interpreter; .venv, activated, is none.
+# True if the user chose an interpreter. An active .venv does not count as a choice.
 given_python() {
     if [ -z "${PYTHON:-}" ]; then
         case ${VIRTUAL_ENV:-} in '' | "$PWD/.venv") return 1 ;; esac
@@ -36,14 +39,14 @@ given_python() {
 complete_venv() {
     PYTHON=$PWD/.venv/bin/python
     if ! is_python_3_10 "$PYTHON"; then
-        is_python_3_10 python3 || fail "python3 is not Python 3.10 or newer: make .venv with one that is, as in" \
-            "python3.12 -m venv .venv"
-        python3 -m venv --clear .venv || fail "python3 -m venv failed (on Debian and Ubuntu, install python3-venv)"
+        is_python_3_10 python3 || fail "python3 is not Python 3.10 or newer: make .venv with a newer Python, for" \
+            "example python3.12 -m venv .venv"
+        make_venv python3 .venv
     fi
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip ||
         fail ".venv has no pip: delete .venv and start again"
     for file in "$@"; do
-        # The copy in .venv is written last, so it tells that this very file is installed.
+        # The copy in .venv is written after the installation, so an equal copy means that this file is installed.
         cmp -s "$file" ".venv/$file" && continue
         printf 'Installing %s into .venv\n' "$file"
         "$PYTHON" -m pip install --disable-pip-version-check -r "$file" || fail "pip could not install $file"
@@ -51,11 +54,21 @@ complete_venv() {
     done
 }
 
+# make_venv INTERPRETER FOLDER: an empty virtual environment in FOLDER.
+make_venv() {
+    "$1" -m venv --clear "$2" || fail "$1 -m venv failed (on Debian and Ubuntu, install python3-venv)"
+}
+
 is_python_3_10() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
-# require_modules [name ...]: PYTHON is new enough and has the modules the programs need, and these.
+# lower_bounds FILE: print a requirements file with each lower bound as the exact version.
+lower_bounds() {
+    sed -e 's/#.*//' -e '/^[[:space:]]*$/d' -e 's/>=/==/' "$1"
+}
+
+# require_modules [name ...]: fail unless PYTHON is new enough and has the modules of the programs and the named ones.
 require_modules() {
     is_python_3_10 "$PYTHON" || fail "$PYTHON is not Python 3.10 or newer"
     missing=$(

@@ -1,8 +1,8 @@
 # shellcheck shell=sh
 # Sourced after environment.sh, from the repository root; needs PYTHON.
 
-# check_config train|test CONFIG [argument ...]: check the config with the key=value arguments, fast, before any launch.
-# Flags and their values, which may contain "=", are not looked at.
+# check_config train|test CONFIG [argument ...]: check the configuration and the key=value arguments before any process
+# starts. It skips flags and their values, which may contain "=".
 check_config() {
     purpose=$1 config=$2 before=
     shift 2
@@ -16,8 +16,9 @@ check_config() {
     "$PYTHON" -m utils.config "$purpose" "$config" "$@"
 }
 
-# launch PROGRAM [argument ...]: run it in one process per visible GPU, or in one on the CPU; NUM_GPUS processes if set.
-# One node uses a free port unless MASTER_PORT is set; NNODES > 1 needs NODE_RANK and MASTER_ADDR.
+# launch PROGRAM [argument ...]: run the program in one process for each visible GPU, or in one process on the CPU.
+# NUM_GPUS sets another number. One machine uses a free port unless MASTER_PORT is set. Several machines (NNODES above 1)
+# need NODE_RANK and MASTER_ADDR.
 launch() {
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || fail "$PYTHON cannot import torch"
     processes=${NUM_GPUS:-$((gpus > 0 ? gpus : 1))}
@@ -25,9 +26,9 @@ launch() {
     case $processes in 0* | *[!0-9]*) fail "NUM_GPUS must be a number from 1, got '$processes'" ;; esac
     case $nodes in 0* | *[!0-9]*) fail "NNODES must be a number from 1, got '$nodes'" ;; esac
     [ "$gpus" -eq 0 ] || [ "$processes" -le "$gpus" ] || fail "NUM_GPUS is $processes, but $gpus are visible"
-    # On a CPU, loader workers and model share the cores: threads that spin while they wait cost either side its turn.
+    # On a CPU, loader workers and the model share the cores: a thread that spins while it waits slows the others down.
     [ "$gpus" -gt 0 ] || export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-    [ "$processes" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its banner
+    [ "$processes" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, set here to avoid its warning
 
     if [ "$nodes" -gt 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes: set MASTER_ADDR to the address of node 0"
@@ -40,7 +41,8 @@ launch() {
         set -- --standalone "$@"
     fi
 
-    # torchrun ends with a long report: what the processes wrote into this file (utils/errors.py) is repeated below it.
+    # torchrun prints a long report when a process fails. The processes write their errors to this file (utils/errors.py),
+    # and the errors are repeated below the report.
     SIDE4VIDEO_ERROR_FILE=$(mktemp)
     export SIDE4VIDEO_ERROR_FILE
     trap 'rm -f "$SIDE4VIDEO_ERROR_FILE"' EXIT

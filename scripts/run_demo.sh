@@ -1,12 +1,12 @@
 #!/bin/sh
-# The whole way on generated videos: make .venv, make the data, train, test with 3 crops x 2 clips, test on video files.
+# Run the whole project on generated videos: make .venv and the data, train, test 3 crops x 2 clips, test on video files.
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
 
 make_environment requirements.txt
 "$PYTHON" -m tools.motion_demo demo_data/motion
-rm -rf exp_onehot/demo # of the last demo; training refuses a folder that holds another run
+rm -rf exp_onehot/demo # of an earlier demo: training refuses a folder that holds another run
 sh scripts/run_train_vision.sh configs/demo/motion.yaml --output exp_onehot/demo
 sh scripts/run_test_vision.sh configs/demo/motion.yaml exp_onehot/demo/model_best.pt --test_crops 3 --test_clips 2
 sh scripts/run_test_vision.sh configs/demo/motion.yaml exp_onehot/demo/model_best.pt \

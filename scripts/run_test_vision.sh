@@ -1,5 +1,5 @@
 #!/bin/sh
-# Test a checkpoint on every visible GPU, or in one CPU process; see launch.sh and environment.sh.
+# Test a checkpoint on all visible GPUs, or in one process on the CPU. See launch.sh and environment.sh for variables.
 set -eu
 usage() {
     echo "usage: sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]" \

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Train one config on every visible GPU, or in one CPU process; see launch.sh and environment.sh.
+# Train one configuration on all visible GPUs, or in one process on the CPU. See launch.sh and environment.sh for
+# variables.
 set -eu
 case ${1:-} in
 '' | -*)

@@ -1,3 +1,5 @@
+"""Annotation lists and class lists: what they give, and the errors that name file and line."""
+
 import pickle
 
 import numpy as np
@@ -27,7 +29,7 @@ def test_columns_are_split_from_the_right_so_paths_may_contain_spaces(write):
     ]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_path(write):
+def test_a_byte_order_mark_is_not_part_of_the_first_path(write):
     assert read_annotations(write("\ufeffclip 4 0\n"), 1)[0].path == "clip"
 
 
@@ -82,7 +84,7 @@ def test_labels_in_some_lines_only_are_an_error_of_the_first_odd_line(write, tex
     assert caught.value.line.startswith(f"{path}:3: ")
 
 
-def test_few_shot_takes_so_many_of_each_class_in_list_order():
+def test_few_shot_takes_the_given_number_of_each_class_in_list_order():
     records = [VideoRecord(str(i), 1, i % 3, f"list.txt:{i + 1}") for i in range(30)]
     names = ["a", "b", "c"]
     seen = set()
@@ -91,7 +93,7 @@ def test_few_shot_takes_so_many_of_each_class_in_list_order():
         assert np.bincount([record.label for record in chosen]).tolist() == [4, 4, 4]
         assert chosen == sorted(chosen, key=records.index)
         seen |= {record.path for record in chosen}
-    assert len(seen) == 30  # every video has its chance
+    assert len(seen) == 30  # every video can be chosen
     assert few_shot(records, 10, names, np.random.default_rng(0)) == records
 
 

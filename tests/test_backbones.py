@@ -1,3 +1,5 @@
+"""OpenAI's towers: their tokens, the weight files that fill them, and what is refused."""
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from modules import build_model
 from modules.backbones import ARCHITECTURES, FrozenTower, find_architecture
 from modules.hashing import hash_tensors
 from modules.pretrained import load_tower_weights
+from modules.token_norm import TokenBatchNorm
 from utils.errors import CheckpointError, ConfigError
 
 
@@ -54,7 +57,7 @@ def test_tokens_are_given_one_block_at_a_time():
 
 def test_the_tower_stays_bit_equal_and_in_eval_mode_after_steps():
     torch.manual_seed(0)
-    model = build_model(tiny_config(proj_drop_rate=0.5))  # dropout that would show if the tower left eval mode
+    model = build_model(tiny_config(proj_drop_rate=0.5))  # outside eval mode, dropout changes tokens
     before = hash_tensors(model.backbone.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     clips = torch.randn(2, 4, 3, 32, 32)
@@ -70,8 +73,11 @@ def test_the_tower_stays_bit_equal_and_in_eval_mode_after_steps():
     assert all(p.grad is not None for p in model.trained.parameters())
 
 
-def test_logits_have_the_shape_clips_by_classes():
-    assert build_model(tiny_config())(torch.randn(3, 2, 3, 32, 32)).shape == (3, 5)
+@pytest.mark.parametrize("recompute, sync_bn", [(True, False), (False, True)])
+def test_the_side_network_gets_its_choices_from_the_configuration(recompute, sync_bn):
+    side = build_model(default_config(solver={"recompute": recompute, "sync_bn": sync_bn})).trained.side
+    assert side.recompute == recompute
+    assert {m.synced for m in side.modules() if isinstance(m, TokenBatchNorm)} == {sync_bn}
 
 
 def test_parameter_counts_of_the_paper():
@@ -96,6 +102,18 @@ def test_published_weights_fill_the_tower(tmp_path, dtype, caplog):
         assert tensor.equal(source.vit.state_dict()[name].to(dtype).float()), name
     assert len(caplog.messages) == 1 and "clip.pt" in caplog.messages[0]
     assert target.weight_file == "clip.pt"
+
+
+@pytest.mark.parametrize("side_layers, kept, of_blocks", [("all", 3, 0), ([0], 1, 24)])
+def test_the_log_counts_the_tensors_that_are_not_needed(tmp_path, caplog, side_layers, kept, of_blocks):
+    torch.save(published_form(tiny_tower()), tmp_path / "clip.pt")
+    network = {"arch": "ViT-B/16", "init": True, "weights": str(tmp_path / "clip.pt"), "side_layers": side_layers}
+    caplog.set_level("INFO")
+    build_model(default_config(network={**network, "backbone_kwargs": TOWER}))
+    assert caplog.messages == [
+        f"tower: {5 + 12 * kept} tensors from {tmp_path / 'clip.pt'}; not needed: {of_blocks} of blocks after the last "
+        "one read, 6 others (final norm, projection, text)"
+    ]
 
 
 def test_timm_names_and_nesting_are_read_too(tmp_path):

@@ -1,10 +1,11 @@
-"""Broken videos and lists without labels, through the programs: what stops, what is skipped, what is counted."""
+"""The programs with broken videos and lists without labels: what stops a run, is skipped, is counted as wrong."""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import score_run as score
 
 import test as test_program
 import train as train_program
@@ -21,9 +22,9 @@ def checkpoint(config, tmp_path):
 
 @pytest.fixture
 def broken_videos(motion_root, tmp_path):
-    """Overrides for the demo's seven mp4 files, of which one is cut to pieces and one is gone."""
+    """Overrides for the demo's seven mp4 files, of which one is not a video and one is missing."""
     shutil.copytree(motion_root / "videos", tmp_path / "videos")
-    (tmp_path / "videos" / "val_00002.mp4").write_bytes(b"no video at all" * 50)
+    (tmp_path / "videos" / "val_00002.mp4").write_bytes(b"not a video" * 50)
     (tmp_path / "videos" / "val_00005.mp4").unlink()
     parts = [f"data.{part}_list={motion_root}/val_videos.txt" for part in ("train", "val")]
     return ["data.modality=video", *parts, *(f"data.{part}_root={tmp_path}/videos" for part in ("train", "val"))]
@@ -31,15 +32,10 @@ def broken_videos(motion_root, tmp_path):
 
 @pytest.fixture
 def broken_frames(motion_root, tmp_path):
-    """Overrides for the demo's frame folders, of which the third has lost its frames."""
+    """Overrides for the demo's frame folders, of which the third has no frames."""
     shutil.copytree(motion_root / "frames", tmp_path / "frames")
     shutil.rmtree(tmp_path / "frames" / "val_00002")
     return [f"data.{part}_root={tmp_path}/frames" for part in ("train", "val")]
-
-
-def score(config, checkpoint, file, *arguments):
-    test_program.main(["--config", config, "--weights", str(checkpoint), "--save_scores", str(file), *arguments])
-    return np.load(file)
 
 
 def train(config, output, *overrides):

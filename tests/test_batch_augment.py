@@ -1,4 +1,4 @@
-"""RandAugment, grayscale, erasing, mixup: one draw for a clip, timm's distributions, nothing else disturbed."""
+"""RandAugment, grayscale, erasing and mixup: one draw per clip, timm's distributions, undisturbed global generators."""
 
 import random
 
@@ -34,11 +34,11 @@ def global_states():
     return random.getstate(), tuple(map(str, np.random.get_state())), tuple(torch.get_rng_state().tolist())
 
 
-# RandAugment, beyond what test_rand_augment.py shows of the operations
+# RandAugment of clips (test_rand_augment.py tests the operations)
 
 
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
-def test_equal_frames_stay_equal(protocol):
+def test_equal_frames_stay_equal_under_training_augmentation(protocol):
     frames, size = make_frames(1) * 3, 16
     plain, full = (train_transform(protocol, size, {}, rand_aug) for rand_aug in (False, True))
     changed = 0
@@ -95,7 +95,7 @@ def test_workers_change_no_augmented_batch(make_frame_folders):
     alone, three = (build_train_loader(loader_config(paths, workers=count, **settings)) for count in (0, 3))
     for epoch in (0, 1):
         batches = epoch_batches(alone, epoch)
-        np.random.seed(epoch), random.seed(epoch)  # whatever the caller does with them
+        np.random.seed(epoch), random.seed(epoch)  # the state of the global generators must not matter
         assert_equal_batches(batches, epoch_batches(three, epoch))
     plain = epoch_batches(build_train_loader(loader_config(paths, **settings | {"rand_aug": False})), 1)
     assert not any(torch.equal(a["clips"], b["clips"]) for a, b in zip(plain, batches, strict=True))
@@ -104,7 +104,7 @@ def test_workers_change_no_augmented_batch(make_frame_folders):
 # Grayscale
 
 
-def test_gray_is_pillows():
+def test_grayscale_equals_that_of_pillow():
     values = np.array([0, 1, 2, 63, 64, 76, 127, 128, 129, 149, 191, 200, 254, 255], dtype=np.uint8)
     colours = np.stack(np.meshgrid(values, values, values), -1).reshape(1, -1, 3)
     noise = np.random.default_rng(0).integers(0, 256, size=(300, colours.shape[1], 3), dtype=np.uint8)
@@ -116,7 +116,7 @@ def test_gray_is_pillows():
 
 
 @pytest.mark.parametrize(("protocol", "low", "high"), [("kinetics", 0.17, 0.23), ("something", 0, 0)])
-def test_share_of_gray_clips(protocol, low, high, monkeypatch):
+def test_a_clip_is_gray_with_the_probability_of_its_protocol(protocol, low, high, monkeypatch):
     frames, transform = make_frames(2, (10, 8)), train_transform(protocol, 8, {})
     monkeypatch.setattr("datasets.transforms.resize_size", lambda *_: (10, 8))  # 320 x 256 would be slow
     rng, gray = np.random.default_rng(0), []
@@ -132,7 +132,7 @@ def test_share_of_gray_clips(protocol, low, high, monkeypatch):
 
 
 def erased(key, clips=8, frames=3, size=16, value=7.0):
-    """Clips of one value after erasing only, and where it is gone: bool (B, T, 3, H, W)."""
+    """Clips of one value after erasing, float32 (B, T, 3, H, W), and a mask of the erased pixels, bool."""
     torch.manual_seed(0)
     result, _ = BatchAugment(5, 0.1, True, False, CPU)(
         torch.full((clips, frames, 3, size, size), value), torch.zeros(clips, dtype=torch.int64), *key
@@ -140,7 +140,7 @@ def erased(key, clips=8, frames=3, size=16, value=7.0):
     return result, result != value
 
 
-def test_a_quarter_of_the_clips_is_erased_in_one_box_with_other_noise_for_every_pixel_and_frame():
+def test_a_quarter_of_the_clips_lose_one_box_to_noise_that_differs_in_every_pixel_and_frame():
     clips, gone = erased((0, 0), clips=2000, size=12)
     assert 0.22 < gone.flatten(1).any(1).float().mean() < 0.28
     noise = clips[gone]
@@ -149,7 +149,7 @@ def test_a_quarter_of_the_clips_is_erased_in_one_box_with_other_noise_for_every_
     for mask in gone[gone.flatten(1).any(1)]:
         assert (mask == mask[0, 0]).all()  # the same pixels in all frames and channels
         rows, columns = mask[0, 0].any(1), mask[0, 0].any(0)
-        assert torch.equal(mask[0, 0], rows[:, None] & columns)  # of a box
+        assert torch.equal(mask[0, 0], rows[:, None] & columns)  # they form a box
         for side in (rows, columns):
             assert side.diff().sum() <= 2  # without gaps
         areas.append(mask[0, 0].float().mean().item())
@@ -167,7 +167,7 @@ def test_boxes_are_a_function_of_the_key():
 
 
 def mix(key, values=(0.0, 1.0, 3.0, 7.0), size=24):
-    """Clips (B, 2, 3, H, W) of one value each, labelled 3, 2, 1, 0 of 5, after mixing; and their targets (B, 5)."""
+    """Clips (B, 2, 3, H, W) of one value each, with labels 3, 2, 1, 0, after mixing, and their targets (B, 5)."""
     clips = torch.tensor(values).view(-1, 1, 1, 1, 1).expand(-1, 2, 3, size, size).contiguous()
     return BatchAugment(5, 0.1, False, True, CPU)(clips, torch.tensor([3, 2, 1, 0]), *key)
 
@@ -182,7 +182,7 @@ def test_targets_mix_the_labels_in_the_proportion_of_the_pixels():
         cut = torch.isin(clips, torch.tensor(values)).all()
         of_clip = []
         for i, (value, partner) in enumerate(zip(values, values[::-1], strict=True)):
-            own = (clips[i] - partner) / (value - partner)  # the share of a pixel that is its own clip's
+            own = (clips[i] - partner) / (value - partner)  # the share of the clip itself in each pixel
             assert (own == own[0, 0]).all()  # the same in all frames and channels
             if cut:
                 other = own[0, 0] == 0
@@ -197,7 +197,7 @@ def test_targets_mix_the_labels_in_the_proportion_of_the_pixels():
         assert np.ptp(of_clip) < 1e-5
         lambdas["cutmix" if cut else "mixup"].append(of_clip[0])
     assert 120 < len(lambdas["mixup"]) < 180
-    # the frame's edge cuts boxes off, so less is exchanged than is drawn
+    # Boxes are clipped at the frame's edge, so cutmix exchanges less than its lambda says.
     assert abs(np.mean(lambdas["mixup"]) - 0.5) < 0.07 and np.mean(lambdas["cutmix"]) > 0.5
     assert all(np.ptp(values) > 0.9 for values in lambdas.values())
 
@@ -244,9 +244,11 @@ def test_without_augmentation_clips_stay_and_targets_are_smoothed_labels():
 def test_the_loss_of_mixed_clips_is_cross_entropy_with_their_soft_targets():
     _, loss = train_steps([pixel_batch(1)], 1, mixup=True)
     torch.manual_seed(0)
-    fresh = build_model(tiny_config()).train()
+    config = tiny_config()
+    fresh = build_model(config).train()
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
     seed, epoch, iteration, process = 0, 0, 0, 0
     clips, targets = BatchAugment(5, 0.1, False, True, CPU)(
-        normalize_clips(pixel_batch(1)["clips"]), pixel_batch(1)["labels"], seed, epoch, iteration, process
+        normalize_clips(pixel_batch(1)["clips"], mean, std), pixel_batch(1)["labels"], seed, epoch, iteration, process
     )
     assert loss == pytest.approx(-(targets * fresh(clips).log_softmax(-1)).sum(-1).mean().item(), rel=1e-4)

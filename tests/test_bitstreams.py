@@ -1,10 +1,10 @@
-"""Headers of packets, written by hand from the standards, and what is read from them."""
+"""The parsers of packet headers, on packets written by hand from the standards."""
 
 import pytest
 
 from datasets.bitstreams import Picture, h264_picture, vp9_picture
 
-# The header of a unit, then the first macroblock (0 unless it says "later") and the type of a slice, in its first bits.
+# Slices of H.264: the header byte of the unit, then first_mb_in_slice (0, except in "later" slices) and slice_type.
 IDR, REFERENCE_I, REFERENCE_P, PLAIN_B, REFERENCE_B = (
     b"\x65\x88\x84",
     b"\x61\x88\0",
@@ -49,7 +49,7 @@ def superframe(*frames, sizes=None, width=2):
     ],
 )
 @pytest.mark.parametrize("length_size", [1, 2, 4])
-def test_h264(units, expected, length_size):
+def test_an_h264_packet_of_one_frame_gives_its_picture(units, expected, length_size):
     assert h264_picture(packet(*units, length_size=length_size), length_size) == expected
 
 
@@ -59,20 +59,20 @@ def test_h264(units, expected, length_size):
         packet(),
         packet(MESSAGE),
         packet(REFERENCE_P, REFERENCE_P),  # two fields, or two frames
-        packet(LATER_P),  # the rest of a frame
+        packet(LATER_P),  # the second part of a frame
         packet(REFERENCE_P, LATER_PLAIN),
         packet(IDR, LATER_P),
-        packet(b"\x42\x9a\0"),  # a partition
-        packet(REFERENCE_P, b"\x74\x9a\0"),  # of another layer
+        packet(b"\x42\x9a\0"),  # a data partition
+        packet(REFERENCE_P, b"\x74\x9a\0"),  # a slice of another layer
         packet(b"\xc1\x9a\0"),
         packet(REFERENCE_P[:2]),
         packet(REFERENCE_P)[:-1],
         packet(REFERENCE_P, b""),
         memoryview(bytes(packet(REFERENCE_P)) + b"\0\0"),
-        memoryview(b"\0\0\0\1" + REFERENCE_P),  # start codes
+        memoryview(b"\0\0\0\1" + REFERENCE_P),  # a start code in place of the length
     ],
 )
-def test_h264_that_is_not_one_whole_frame(data):
+def test_an_h264_packet_that_is_not_one_whole_frame_gives_none(data):
     assert h264_picture(data, 4) is None
 
 
@@ -88,7 +88,7 @@ def test_h264_that_is_not_one_whole_frame(data):
         (superframe(HIDDEN, HIDDEN_KEY, INTER, width=4), False),
     ],
 )
-def test_vp9(data, entry):
+def test_a_vp9_packet_that_shows_its_last_frame_gives_its_picture(data, entry):
     assert vp9_picture(data) == Picture(entry=entry, reference=True)
 
 
@@ -104,5 +104,5 @@ def test_vp9(data, entry):
         superframe(HIDDEN, INTER, sizes=[0, 4]),
     ],
 )
-def test_vp9_that_does_not_show_one_frame_at_its_end(data):
+def test_a_vp9_packet_that_does_not_show_exactly_its_last_frame_gives_none(data):
     assert vp9_picture(data) is None

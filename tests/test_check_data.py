@@ -1,4 +1,4 @@
-"""The data doctor: a clean data set has no findings, and every fault is found at its line."""
+"""tools/check_data.py: a clean data set has no findings, and every fault is reported at its line."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def write_frames(folder: Path, seed: int, numbers=range(1, FRAMES + 1), size=(24
 
 
 class DataSet:
-    """Eight training and four validation videos of four classes; `check` gives status, findings and what is printed."""
+    """Eight training and four validation videos of four classes. `check` returns status, findings and output."""
 
     def __init__(self, root: Path, capsys, modality: str):
         self.root, self.capsys = root, capsys
@@ -83,7 +83,7 @@ class DataSet:
         return status, content["findings"], output
 
     def only_finding(self, part: str, line: int | None, severity: str, kind: str, *arguments) -> str:
-        """The message of the one finding, which stands at this line of this list."""
+        """Assert that there is one finding, at this line of this list, and return its message."""
         status, findings, output = self.check(*arguments)
         assert [(f["severity"], f["kind"]) for f in findings] == [(severity, kind)], findings
         place = f"{self.lists[part]}:{line}" if line else str(self.lists[part])
@@ -164,6 +164,13 @@ def test_the_same_content_under_another_name_is_a_warning(frames):
     assert message == f"copy: has the same content as val 1, at {frames.lists['val']}:2"
 
 
+def test_folders_with_findings_are_not_compared(frames):
+    shutil.copytree(frames.media / "val 1", frames.media / "copy")
+    frames.lines["train"].append(f"copy {FRAMES - 1} 1")
+    frames.lines["val"][1] = f"val 1 {FRAMES - 1} 1"  # both count fewer frames than there are
+    assert [finding["kind"] for finding in frames.check()[1]] == ["count", "count"]
+
+
 def test_a_list_without_labels_is_a_warning_in_validation(frames):
     frames.lines["val"] = [line[:-1] + "-1" for line in frames.lines["val"]]
     assert "no line has a label" in frames.only_finding("val", None, "warning", "list")
@@ -219,7 +226,7 @@ def test_a_folder_named_like_another_class_is_a_warning(frames):
 
 
 def set_names(frames, *names):
-    """Other names for the classes; returns where findings about them stand."""
+    """Replace the class names and return the place of findings about them."""
     path = frames.root / "classes.csv"
     path.write_text("id,name\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names)))
     return str(path)
@@ -275,7 +282,7 @@ def test_a_folder_without_frames_of_that_name(frames):
 
 @pytest.mark.parametrize(("numbers", "base", "missing"), [(range(0, FRAMES), 1, FRAMES), (range(1, FRAMES + 1), 0, 0)])
 def test_frames_numbered_from_another_number(frames, numbers, base, missing):
-    """One folder among others that are numbered as the configuration says."""
+    """One folder is numbered differently; the others are numbered as the configuration says."""
     for folder in frames.media.iterdir():
         for number in range(1, FRAMES + 1) if base == 0 else ():
             (folder / f"img_{number:05d}.jpg").rename(folder / f"img_{number - 1:05d}.jpg")
@@ -390,7 +397,7 @@ def test_damage_in_the_middle_is_placed(videos):
 
 
 def test_a_video_that_only_another_decoder_reads(videos):
-    """PyAV reads a transport stream, and decord is refused it, since it may lose frames."""
+    """PyAV reads a transport stream. Our decord reader refuses it, because decord may lose frames."""
     write_video(videos.media / "train 0.ts", size=VIDEO_SIZE)
     videos.lines["train"][0] = "train 0.ts 0"
     assert "decord" in videos.only_finding("train", 1, "error", "unreadable", "data.decoder=decord")
@@ -398,7 +405,7 @@ def test_a_video_that_only_another_decoder_reads(videos):
 
 
 def test_a_video_whose_end_only_the_reader_misses(videos):
-    """Packets without a picture: PyAV decodes what there is, and decord finds fewer frames than it counts."""
+    """The last packets hold no picture. PyAV ignores them; decord counts them and then finds fewer frames."""
     write_packets(videos.media / "train 0.mp4", 20, "mpeg4", empty=200)
     _, findings, _ = videos.check("data.decoder=decord")
     assert {Path(finding["place"]).name for finding in findings} == {"train.txt:1"}
@@ -485,6 +492,13 @@ def test_a_test_configuration_needs_no_training_list(frames):
     assert (status, findings) == (0, []) and "train.txt" not in output
 
 
+def test_a_report_that_cannot_be_written_is_one_line(frames, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file/report.json: cannot be written: ") as caught:
+        main([frames.write(), "--workers", "0", "--json", str(tmp_path / "file" / "report.json")])
+    assert "\n" not in str(caught.value)
+
+
 # The real command line
 
 
@@ -508,7 +522,7 @@ def test_the_program_runs_from_the_repository_root(frames):
 
 
 def test_an_interruption_is_one_line_and_writes_nothing(frames, tmp_path):
-    pipe = frames.media / "train 0" / "img_00002.jpg"  # a process that opens it waits for somebody to write
+    pipe = frames.media / "train 0" / "img_00002.jpg"  # a process that opens it blocks until a writer opens it
     pipe.unlink()
     os.mkfifo(pipe)
     arguments = ["--workers", 2, "--json", tmp_path / "report.json", "--clean", tmp_path / "clean"]
@@ -518,7 +532,7 @@ def test_an_interruption_is_one_line_and_writes_nothing(frames, tmp_path):
         try:
             writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             break
-        except OSError:  # nobody has opened it yet
+        except OSError:  # no reader has opened it yet
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Checkpoints in another form: round trips to the bit, what is verified, what is refused, what the programs read."""
+"""tools/convert_checkpoint.py: bit-identical round trips, verification, refusals, and reading by the programs."""
 
 import itertools
 import json
@@ -20,12 +20,12 @@ from modules import build_model, released
 from modules.checkpoint import (
     checkpoint_state,
     flat_tensors,
-    is_official,
+    is_released,
     load_weights,
     model_state,
     read_checkpoint,
     save_checkpoint,
-    save_official,
+    save_released,
     save_safetensors,
 )
 from tools.convert_checkpoint import convert, main, trace, verify
@@ -39,7 +39,7 @@ QKV = "visual.transformer.resblocks.1.attn.in_proj_weight"
 
 @pytest.fixture
 def clip_config(config, tmp_path):
-    """The tiny configuration, of a CLIP tower so that released names fit, without any data."""
+    """The tiny configuration without data, and with a CLIP tower, which has released names."""
     content = yaml.safe_load(Path(config).read_text())
     content["network"]["arch"] = "ViT-B/16"
     content["data"] |= {key: None for key in content["data"] if key.startswith(("train_", "val_"))}
@@ -51,13 +51,13 @@ def clip_config(config, tmp_path):
 def make_model(config, seed=0):
     torch.manual_seed(seed)
     model = build_model(config)
-    model.train()(torch.randn(2, 4, 3, 32, 32))  # statistics that differ from a new model's
+    model.train()(torch.randn(2, 4, 3, 32, 32))  # so that running statistics differ from a new model's
     return model.eval()
 
 
 def save(form, path, model, config):
     if form == "official":
-        return save_official(path, model, epoch=7)
+        return save_released(path, model, epoch=7)
     parts = model_state(model), model.trained.state_dict(), config.toDict(), list(CLASSES)
     state = checkpoint_state(*parts, epoch=7, best_accuracy=100 / 3, optimizer={}, scaler={})
     (save_safetensors if form == "safetensors" else save_checkpoint)(path, state)
@@ -79,7 +79,7 @@ def test_there_and_back_is_equal_to_the_bit(clip_config, tmp_path, source, targe
     start, between, end = (read_checkpoint(path) for path in (paths[source], paths[target], back))
     assert same_tensors(start, end)
     assert verify(config, paths[source], paths[target]) == 0
-    assert is_official(between) == (target == "official") and between["epoch"] == end["epoch"] == 7
+    assert is_released(between) == (target == "official") and between["epoch"] == end["epoch"] == 7
     assert [row[0] for row in rows] == list(flat_tensors(start))
     assert sorted(row[2] for row in rows) == sorted(flat_tensors(between))
     if target != "official":
@@ -107,7 +107,7 @@ def test_a_named_tower_stays_outside_but_for_the_released_form(clip_config, tmp_
     assert verify(named, tmp_path / "m.safetensors", tmp_path / "released.pt") == 0
     assert ("(clip.pt)", QKV) in [(name, place) for name, _, place in rows]
     other = make_model(config, seed=2)
-    load_weights(other, tmp_path / "released.pt")  # no file needed: the tower is in it
+    load_weights(other, tmp_path / "released.pt")  # the file holds the tower, no weight file is needed
     assert all(a.equal(b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
     with pytest.raises(CheckpointError, match=r"ours.pt: was trained beside another frozen tower \(clip.pt"):
@@ -129,10 +129,9 @@ def test_the_table_says_what_has_no_place_and_what_is_new(clip_config, tmp_path)
 
 
 def test_parts_of_one_tensor_are_listed_together(clip_config, tmp_path, monkeypatch):
-
     start = "visual.transformer.side_transformer.*.attn."
     parted = {"trained.side.blocks.*.attn.qkv.": tuple(f"{start}{part}_proj." for part in "qkv")}
-    monkeypatch.setitem(released.OFFICIAL_NAMES, "pre", released.OFFICIAL_NAMES["pre"] | parted)
+    monkeypatch.setitem(released.RELEASED_NAMES, "pre", released.RELEASED_NAMES["pre"] | parted)
     config = read_config(clip_config, purpose="model")
     save("ours", tmp_path / "ours.pt", make_model(config), config)
     rows = convert(config, tmp_path / "ours.pt", tmp_path / "released.pt", "official")

@@ -1,4 +1,4 @@
-"""docs/custom_data.md as a reader follows it: its files written, its commands run in order, on sixteen small videos."""
+"""docs/custom_data.md, followed step by step: its files are written and its commands run, on sixteen small videos."""
 
 import json
 import os
@@ -23,7 +23,10 @@ VIDEOS = 4  # of each class
 
 
 def steps() -> list[tuple[str, str]]:
-    """(what, text) in the page's order: "sh" and commands, or the file that the text above a yaml block names last."""
+    """(what, text) of each block in order: "sh" and commands, or a file's name and content.
+
+    The file of a yaml block is the last one that the text above it names.
+    """
     found, file = [], None
     for match in re.finditer(r"`(configs/\w+\.yaml)`|^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL):
         name, language, text = match.groups()
@@ -34,7 +37,7 @@ def steps() -> list[tuple[str, str]]:
 
 
 def make_videos(root: Path) -> None:
-    """data/mine/videos/CLASS/NUMBER.mp4 of four classes, and data/few/videos of two."""
+    """Write data/mine/videos/CLASS/NUMBER.mp4 with four classes, and data/few/videos with two."""
     made = root / "made"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(motion_demo, "VIDEO_FILES", VIDEOS * len(motion_demo.CLASSES))
@@ -52,7 +55,7 @@ def make_videos(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """(folder, what each block of commands printed) after the whole page."""
+    """Follow the whole page; returns (folder, [(commands, their output)])."""
     root = tmp_path_factory.mktemp("reader")
     for name in PROGRAMS:
         source = REPOSITORY / name
@@ -79,7 +82,7 @@ def followed(tmp_path_factory):
     return root, printed
 
 
-def test_the_real_tower_of_the_page_goes_by_the_recipe_that_the_project_ships(followed):
+def test_the_page_gives_a_real_tower_the_recipe_of_the_shipped_configuration(followed):
     root, _ = followed
     ours, shipped = (
         load_config(path, purpose="model")
@@ -99,7 +102,7 @@ def test_every_block_of_the_page_is_a_command_or_a_file_that_a_command_reads():
     commands = "".join(text for what, text in blocks if what == "sh")
     files = [what for what, _ in blocks if what != "sh"]
     assert len(files) == len(set(files)) and all(file in commands for file in files)
-    assert PAGE.count("```") == 2 * (len(blocks) + 1)  # and the picture of the folders
+    assert PAGE.count("```") == 2 * (len(blocks) + 1)  # one more block shows the folders
 
 
 def test_the_page_leads_to_lists_as_it_describes_them(followed):

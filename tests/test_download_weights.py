@@ -1,3 +1,5 @@
+"""tools/download_weights.py against a local server: complete, interrupted, wrong and refused downloads."""
+
 import hashlib
 import os
 import re
@@ -19,7 +21,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content`; `cut` ends the connection after so many bytes, `ranges` obeys the Range header."""
+    """Serves `content`. `cut`: bytes after which the connection ends; `ranges`: whether Range headers are obeyed."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -61,7 +63,7 @@ def fetch(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    """The file that is to arrive."""
+    """The path of the downloaded file."""
     return tmp_path / "weights" / "ViT-B-16.pt"
 
 
@@ -70,7 +72,7 @@ def part_of(weights):
 
 
 def test_the_tables_hold_the_files_of_all_architectures_and_the_hashes_of_openai():
-    """They stand twice, so that a download need not import torch."""
+    """The names are written twice, so that a download does not import torch."""
     files = {arch: tail.split("/")[1] for arch, tail in OPENAI_FILES.items()}
     assert files | EVA_FILES == {arch: a.weight_file for arch, a in ARCHITECTURES.items()}
     assert all(re.fullmatch(r"[0-9a-f]{64}/[^/]+", tail) for tail in OPENAI_FILES.values())

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `sh scripts/run_tests.sh -m gpu` runs these alone, and skips them where there is none."""
+"""Tests that need a GPU. `sh scripts/run_tests.sh -m gpu` runs only these; without a GPU they are skipped."""
 
 import copy
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SHARED_TOWER, make_shared_model, make_side, shared_batches
+from tiny import SHARED_TOWER, free_port, make_shared_model, make_side, shared_batches
 from torch import multiprocessing
 
 import train as train_program
@@ -24,16 +24,16 @@ pytestmark = [
 needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, torch.cuda finds {GPUS}")
 
 
-def small_model(tower_dtype=torch.float32):
+def small_model(tower_dtype=torch.float32, recompute=True):
     torch.manual_seed(0)
     tower = FrozenTower("vit_tiny_patch16_224", 96, {**SHARED_TOWER, "embed_dim": 192, "num_heads": 3})
     tower.convert(tower_dtype)
     sizes = dict(backbone_width=192, side_width=128, num_layers=3, patch_size=8, num_patches=144)
-    return Side4Video(tower, SideClassifier(make_side("pre", torch.float32, **sizes), 5)).train()
+    return Side4Video(tower, SideClassifier(make_side("pre", torch.float32, **sizes, recompute=recompute), 5)).train()
 
 
 def one_step(model, device, dtype=torch.float32, scale=1.0):
-    """Loss and gradients of a step on four clips, on the CPU."""
+    """Loss and gradients of a step on four clips; the gradients are returned on the CPU."""
     clips = torch.randn(4, 4, 3, 96, 96, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         logits = model(clips)
@@ -53,9 +53,8 @@ def full_float32():
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_step_on_the_gpu_is_that_on_the_cpu(full_float32, recompute, compiled):
-    model = small_model()
+    model = small_model(recompute=recompute)
     expected_loss, expected = one_step(copy.deepcopy(model), "cpu")
-    model.trained.side.recompute = recompute
     model.place(torch.device("cuda", 0), compile_backbone=compiled)
     loss, grads = one_step(model, "cuda")
     assert loss == pytest.approx(expected_loss, rel=1e-4)
@@ -67,13 +66,11 @@ def test_a_step_on_the_gpu_is_that_on_the_cpu(full_float32, recompute, compiled)
 @pytest.mark.parametrize("dtype, scale, tolerance", [(torch.bfloat16, 1.0, 0.1), (torch.float16, 1024.0, 0.03)])
 @pytest.mark.parametrize("tower_dtype", ["float32", "half"])
 def test_half_types_recomputed_or_not_are_near_float32(dtype, scale, tolerance, tower_dtype):
-    model = small_model(torch.float32 if tower_dtype == "float32" else dtype)
     expected_loss, expected = one_step(small_model(), "cpu")
-    model.place(torch.device("cuda", 0))
     largest = max(grad.abs().max() for grad in expected.values())
     for recompute in (True, False):
-        model.zero_grad()
-        model.trained.side.recompute = recompute
+        model = small_model(torch.float32 if tower_dtype == "float32" else dtype, recompute)
+        model.place(torch.device("cuda", 0))
         loss, grads = one_step(model, "cuda", dtype, scale)
         assert loss == pytest.approx(expected_loss, abs=tolerance)
         for name, grad in expected.items():
@@ -83,20 +80,19 @@ def test_half_types_recomputed_or_not_are_near_float32(dtype, scale, tolerance, 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_recomputing_keeps_less_than_a_third(compiled):
-    model = small_model()
-    model.place(torch.device("cuda", 0), compile_backbone=compiled)
     clips = torch.randn(4, 4, 3, 96, 96, device="cuda")
     kept = []
     for recompute in (True, False):
-        model.trained.side.recompute = recompute
+        model = small_model(recompute=recompute)
+        model.place(torch.device("cuda", 0), compile_backbone=compiled)
         model(clips)
-        kept.append(measure_memory(lambda: model(clips))[0])
+        kept.append(measure_memory(lambda model=model: model(clips))[0])
     assert kept[0] < kept[1] / 3
 
 
 @pytest.mark.parametrize("overrides", [["solver.precision=bf16"], ["solver.precision=fp16"], ["solver.compile=True"]])
 def test_training_runs_and_resumes_on_the_gpu(config, tmp_path, overrides):
-    """fp16 goes through the gradient scaler; a resumed run takes up its state."""
+    """fp16 uses the gradient scaler; a resumed run restores its state."""
     for epochs, output, resumed in ((1, "first", []), (2, "second", [f"resume={tmp_path}/first/last_model.pt"])):
         run = read_config(config, [f"solver.epochs={epochs}", *overrides, *resumed])
         train_program.train(run, str(tmp_path / output))
@@ -110,9 +106,9 @@ def train_on_gpus(rank, port, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     device = init_distributed()
-    model = make_shared_model("pre")
+    model = make_shared_model("pre", sync_bn=True)
     model.place(device)
-    model.parallelize(sync_bn=True)
+    model.parallelize()
     for clips in shared_batches():
         labels = torch.arange(2 * rank, 2 * rank + 2, device=device)
         torch.nn.functional.cross_entropy(model(clips[2 * rank : 2 * rank + 2].to(device)), labels).backward()
@@ -122,7 +118,7 @@ def train_on_gpus(rank, port, folder):
 
 @needs_two
 def test_synced_statistics_over_nccl(tmp_path):
-    multiprocessing.spawn(train_on_gpus, (str(29500 + os.getpid() % 1000), str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(train_on_gpus, (free_port(), str(tmp_path)), nprocs=2)
     model = make_shared_model("pre")
     for clips in shared_batches():
         torch.nn.functional.cross_entropy(model(clips), torch.arange(4)).backward()
@@ -143,6 +139,6 @@ def shard_on_gpus(rank, port, config, folder):
 
 @needs_two
 def test_a_sharded_tower_trains_over_nccl(config, tmp_path):
-    multiprocessing.spawn(shard_on_gpus, (str(29500 + os.getpid() % 1000), config, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(shard_on_gpus, (free_port(), config, str(tmp_path)), nprocs=2)
     a, b = (torch.load(tmp_path / str(shard) / "last_model.pt", map_location="cpu") for shard in (False, True))
     assert all(torch.allclose(t, b["trained"][name], atol=1e-3) for name, t in a["trained"].items())

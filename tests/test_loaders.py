@@ -1,3 +1,5 @@
+"""Loaders: order and share of the videos, batches, replaced and missing videos, keys of the configuration."""
+
 import os
 
 import pytest
@@ -81,7 +83,7 @@ def test_too_few_videos_for_a_step_is_an_error_with_the_numbers(make_frame_folde
     )
 
 
-def test_repeats_stand_side_by_side_in_the_batch(make_frame_folders):
+def test_repeats_are_next_to_each_other_in_the_batch(make_frame_folders):
     paths = make_frame_folders([1, 1])  # one frame: clips differ by augmentation only
     (batch,) = build_train_loader(loader_config(paths, num_sample=2))
     (single,) = build_train_loader(loader_config(paths))
@@ -107,8 +109,19 @@ def test_flip_labels_come_from_the_class_names(make_frame_folders, tmp_path):
 # Custom data sets
 
 
+@pytest.mark.parametrize(
+    "image_tmpl", ["img.jpg", "img_{:05x5}.jpg", "img_{number}.jpg", "img_{", "{}_{}.jpg", "{:s}.jpg"]
+)
+def test_a_template_that_does_not_take_a_number_is_an_error_of_its_key(make_frame_folders, image_tmpl):
+    paths = make_frame_folders([1] * 4)
+    with pytest.raises(ConfigError, match="data.image_tmpl: ") as caught:
+        build_train_loader(loader_config(paths, image_tmpl=image_tmpl))
+    assert repr(image_tmpl) in caught.value.line
+    assert "\n" not in caught.value.line
+
+
 @pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
-def test_the_protocol_is_the_names_unless_it_is_given(make_frame_folders, build):
+def test_the_protocol_follows_the_name_unless_it_is_given(make_frame_folders, build):
     paths = make_frame_folders([1] * 4)
     for dataset, given, protocol in (
         ("tiny", None, "kinetics"),
@@ -171,25 +184,25 @@ def error_of(loader):
     try:
         list(loader)
     except DataError as error:
-        error.__traceback__ = None  # it keeps the workers in a cycle, from which they are collected only after seconds
+        error.__traceback__ = None  # it holds the workers in a reference cycle, which is collected only seconds later
         return error.line
     pytest.fail("no DataError")
 
 
 def break_videos(root, *numbers):
-    """Frame folders whose frames are no pictures."""
+    """Empty all frame files of these videos."""
     for number in numbers:
         for name in os.listdir(folder := os.path.join(root, f"video {number}")):
             open(os.path.join(folder, name), "w").close()
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_the_next_video_of_the_epochs_order_stands_in_for_a_broken_one(make_frame_folders, workers):
+def test_a_broken_video_is_replaced_by_the_next_one_of_the_epochs_order(make_frame_folders, workers):
     root, _ = paths = make_frame_folders([5] * 6)
     whole = build_train_loader(loader_config(paths, batch_size=1))
     batches = {epoch: epoch_batches(whole, epoch) for epoch in (0, 1)}
     order = indices(batches[0])
-    broken = {order[1], order[2], order[5]}  # two in a row, and the last, which the first stands in for
+    broken = {order[1], order[2], order[5]}  # two in a row, and the last, which the first replaces
     break_videos(root, *broken)
     loader = build_train_loader(loader_config(paths, batch_size=1, workers=workers, on_error="skip"))
     kept = epoch_batches(loader, 0)
@@ -202,7 +215,7 @@ def test_the_next_video_of_the_epochs_order_stands_in_for_a_broken_one(make_fram
         assert index == next(i for i in order[place:] + order if i not in broken)
 
 
-def test_a_broken_video_is_replaced_alike_on_any_number_of_processes(make_frame_folders):
+def test_the_replacement_of_a_broken_video_does_not_depend_on_the_number_of_processes(make_frame_folders):
     root, _ = paths = make_frame_folders([5] * 6)
     break_videos(root, 1, 4)
     config = loader_config(paths, batch_size=1, on_error="skip")
@@ -220,7 +233,7 @@ def test_when_every_video_is_broken_training_stops(make_frame_folders, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_leaves_a_broken_video_out_and_never_replaces_it(make_frame_folders, workers):
+def test_evaluation_leaves_out_a_broken_video_and_does_not_replace_it(make_frame_folders, workers):
     root, _ = paths = make_frame_folders([5] * 5)
     break_videos(root, 1, 2, 3)
     loader = build_eval_loader(loader_config(paths, workers=workers, on_error="skip"), clips=2)
@@ -236,7 +249,7 @@ def test_evaluation_leaves_a_broken_video_out_and_never_replaces_it(make_frame_f
 # Few shots
 
 
-def test_few_shots_are_the_same_videos_on_every_process_and_others_with_another_seed(make_frame_folders):
+def test_few_shot_videos_are_the_same_on_every_process_and_change_with_the_seed(make_frame_folders):
     paths = make_frame_folders([1] * 24)  # six of each class
     config = loader_config(paths, shot=2)
     chosen = build_train_loader(config).dataset.records
@@ -268,7 +281,7 @@ def test_evaluation_takes_every_video_once_on_any_number_of_processes(make_frame
     assert ranks == [list(range(rank, 7, world_size)) for rank in range(world_size)]
 
 
-def test_an_evaluation_batch_holds_whole_videos_view_by_view(make_frame_folders):
+def test_an_evaluation_batch_contains_all_views_of_its_videos(make_frame_folders):
     config = loader_config(make_frame_folders([9] * 5), view_batch=13)
     loader = build_eval_loader(config, clips=2, crops=3)
     batches = list(loader)
@@ -293,7 +306,7 @@ def test_workers_change_no_evaluation_batch(make_frame_folders):
         assert_equal_batches(list(plain), list(workers))
 
 
-def test_dense_evaluation_is_asked_for_or_follows_the_config(make_frame_folders):
+def test_dense_evaluation_follows_the_argument_or_else_the_config(make_frame_folders):
     paths = make_frame_folders([200, 200])
     for configured, asked, dense in ((True, None, True), (True, False, False), (False, True, True)):
         loader = build_eval_loader(loader_config(paths, dense=configured), dense=asked)

@@ -11,7 +11,7 @@ from engine.optim import lr_factor
 from engine.reporter import LossMonitor, NonFiniteLossError
 from modules import build_model
 from modules.side4video import Side4Video
-from modules.side_network import TokenBatchNorm
+from modules.token_norm import TokenBatchNorm
 from utils.precision import resolve_precision
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The frozen tower's type, what it takes to load it, and how it is split over processes."""
+"""The frozen tower: its dtype, the memory that loading it takes, and how it is split over processes."""
 
 import os
 import subprocess
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TOWER, tiny_config, tiny_tower
+from tiny import TOWER, checkpoint_of, free_port, tiny_config, tiny_tower
 from torch import multiprocessing
 
 import train as train_program
 from engine.configuration import default_config, read_config
 from modules import build_model
 from modules.backbones import FrozenTower, find_architecture
-from modules.checkpoint import load_model_state, model_state, read_checkpoint, save_checkpoint
+from modules.checkpoint import load_model_state, read_checkpoint, save_checkpoint
 from modules.hashing import hash_tensors, tower_hashes
 from modules.pretrained import load_strictly
 from modules.side4video import Side4Video
@@ -92,10 +92,6 @@ def test_auto_is_the_type_of_autocast_on_a_gpu(monkeypatch, name, cuda, precisio
 # ---------------------------------------------------------------- proof
 
 
-def state_of(model):
-    return {**model_state(model), "trained": model.trained.state_dict(), "config": {}, "epoch": 1}
-
-
 def test_the_proof_is_that_of_the_float32_tensors_in_the_file():
     tensors = tiny_tower().state_dict()
     exact = {name: tensor.half().float() for name, tensor in tensors.items()}
@@ -110,7 +106,7 @@ def test_the_proof_is_that_of_the_float32_tensors_in_the_file():
 @pytest.mark.parametrize("file_type", [torch.float32, torch.float16])
 def test_a_checkpoint_loads_beside_the_same_file_in_another_type(tmp_path, trained_in, tested_in, file_type):
     named = save_tower(tmp_path / "tower.pt", file_type)
-    save_checkpoint(tmp_path / "m.pt", state_of(build_model(make_config(trained_in, **named))))
+    save_checkpoint(tmp_path / "m.pt", checkpoint_of(build_model(make_config(trained_in, **named))))
     model = build_model(make_config(tested_in, **named))
     load_model_state(model, read_checkpoint(tmp_path / "m.pt"), "m.pt")
     assert model.backbone.dtype == getattr(torch, tested_in)
@@ -126,34 +122,34 @@ def test_a_checkpoint_loads_beside_the_same_file_in_another_type(tmp_path, train
 @pytest.mark.parametrize("trained_in, then", [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_a_checkpoint_that_holds_the_tower_loads_and_is_written_again_in_another_type(tmp_path, trained_in, then):
     first = build_model(make_config(trained_in))
-    save_checkpoint(tmp_path / "a.pt", state_of(first))
+    save_checkpoint(tmp_path / "a.pt", checkpoint_of(first))
     second = build_model(make_config(then), load_tower=False)
     load_model_state(second, read_checkpoint(tmp_path / "a.pt"), "a.pt")
     for name, tensor in second.backbone.state_dict().items():
         assert tensor.equal(first.backbone.state_dict()[name].to(getattr(torch, then))), name
-    save_checkpoint(tmp_path / "b.pt", state_of(second))
+    save_checkpoint(tmp_path / "b.pt", checkpoint_of(second))
     third = build_model(make_config(trained_in), load_tower=False)
     load_model_state(third, read_checkpoint(tmp_path / "b.pt"), "b.pt")
 
 
 # ---------------------------------------------------------------- loading
 
-WITH_BUFFERS = [
-    ("ViT-B/16", TOWER),
-    ("EVA02-CLIP-L-14", {**TOWER, "patch_size": 16}),
-    ("EVA02-CLIP-bigE-14", {**TOWER, "patch_size": 16}),
-    ("timm/vit_small_patch16_dinov3", TOWER),
-    ("timm/vit_pe_core_base_patch16_224", TOWER),
-]
+HAS_BUFFERS = {
+    "ViT-B/16": False,
+    "EVA02-CLIP-L-14": True,
+    "EVA02-CLIP-bigE-14": True,
+    "timm/vit_small_patch16_dinov3": True,
+    "timm/vit_pe_core_base_patch16_224": True,
+}
 
 
-@pytest.mark.parametrize("arch, kwargs", WITH_BUFFERS)
-def test_a_tower_built_without_weights_has_the_buffers_of_one_that_has_them(arch, kwargs):
+@pytest.mark.parametrize("arch, has_buffers", HAS_BUFFERS.items())
+def test_a_tower_on_meta_has_the_buffers_of_one_with_weights(arch, has_buffers):
     name = find_architecture(arch).timm_name
-    whole, empty = (FrozenTower(name, 32, kwargs, without_weights=without) for without in (False, True))
+    whole, empty = (FrozenTower(name, 32, {**TOWER, "patch_size": 16}, on_meta=on_meta) for on_meta in (False, True))
     assert all(p.is_meta and not p.requires_grad for p in empty.parameters())
     buffers = dict(whole.named_buffers())
-    assert ("dino" in arch or "EVA" in arch) <= bool(buffers)
+    assert bool(buffers) == has_buffers
     for name, buffer in empty.named_buffers():
         assert not buffer.is_meta and buffer.dtype == buffers[name].dtype and buffer.equal(buffers[name]), name
     assert len(list(empty.buffers())) == len(buffers)
@@ -164,7 +160,7 @@ def test_a_tower_built_without_weights_has_the_buffers_of_one_that_has_them(arch
         assert ours.equal(theirs)
     empty.convert(torch.bfloat16)
     assert all(tokens.dtype == torch.bfloat16 for tokens in empty.layer_tokens(clips))
-    assert all(b.equal(buffers[name]) for name, b in empty.named_buffers())  # rope in full precision; k_bias is 0
+    assert all(b.equal(buffers[name]) for name, b in empty.named_buffers())  # rope stays in float32; k_bias is 0
 
 
 BIG = """
@@ -186,7 +182,7 @@ path, dtype, width, depth = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.
 network = {"arch": "timm/vit_base_patch16_224", "init": True, "weights": path, "backbone_dtype": dtype,
            "backbone_kwargs": {"embed_dim": width, "depth": depth, "num_heads": width // 64}}
 config = default_config(network=network)
-watcher = threading.Thread(target=watch, daemon=True)  # ends with a program that fails
+watcher = threading.Thread(target=watch, daemon=True)  # daemon: ends even if build_model fails
 watcher.start()
 model = build_model(config)
 done.set()
@@ -201,10 +197,10 @@ def test_a_tower_of_gigabytes_loads_within_its_own_size(tmp_path):
     width = 4096
     depth = max(1, -int(-GIGABYTES * 2**30 // (12 * width**2 * 2)))
     shapes = FrozenTower(
-        "vit_base_patch16_224", 32, {"embed_dim": width, "depth": depth, "num_heads": 64}, without_weights=True
+        "vit_base_patch16_224", 32, {"embed_dim": width, "depth": depth, "num_heads": 64}, on_meta=True
     ).vit.state_dict()
     path = tmp_path / "big.pt"
-    with torch.serialization.skip_data():  # all zeros, without the time to write them
+    with torch.serialization.skip_data():  # reserves the file's size without writing
         torch.save({name: torch.empty(tensor.shape, dtype=torch.half) for name, tensor in shapes.items()}, path)
     assert path.stat().st_size >= GIGABYTES * 2**30
 
@@ -214,14 +210,14 @@ def test_a_tower_of_gigabytes_loads_within_its_own_size(tmp_path):
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
 
     try:
-        both = [start("bfloat16"), start("float16")]  # at the same time, as the processes of one machine
+        both = [start("bfloat16"), start("float16")]  # at the same time, like the processes of one run
         (_, converted, tower), (_, mapped, _) = (map(int, p.communicate(timeout=120)[0].split()) for p in both)
     finally:
         path.unlink()
     figures = [f"{size / 2**20:.0f} MiB" for size in (tower, converted, mapped)]
     print("tower {}; RssAnon at peak: converted {}, of the file's type {}".format(*figures))
     assert converted < 1.25 * tower
-    assert mapped < 0.5 * tower  # only the libraries: the tower itself lies in the file's pages, shared by all
+    assert mapped < 0.5 * tower  # libraries only: the tower stays in the mapped file, which all processes share
 
 
 # ---------------------------------------------------------------- sharding
@@ -250,8 +246,7 @@ def train_twice(rank, config_path, folder, port):
 
 
 def test_a_sharded_tower_trains_alike_and_takes_half_of_the_memory(config, tmp_path):
-    port = str(29500 + os.getpid() % 1000)
-    multiprocessing.spawn(train_twice, (config, str(tmp_path), port), nprocs=2)
+    multiprocessing.spawn(train_twice, (config, str(tmp_path), free_port()), nprocs=2)
     a, b = (torch.load(tmp_path / str(shard) / "last_model.pt") for shard in (False, True))
     assert hash_tensors(a["trained"]) == hash_tensors(b["trained"])
     assert hash_tensors(a["tower"]) == hash_tensors(b["tower"]) and a["tower_sha256"] == b["tower_sha256"]

@@ -1,8 +1,12 @@
-"""The demo data: reproducible, at chance by single frames, opposite classes reversed, left and right mirrored."""
+"""The demo data: reproducible, no information in single frames, opposite classes reversed, left and right mirrored."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import REPOSITORY
 
 from datasets.annotations import read_annotations, read_class_names
 from datasets.flips import flip_pairs
@@ -14,7 +18,7 @@ FRAMES = 16
 
 
 def steps(states: np.ndarray) -> np.ndarray:
-    """Signed change of each state from frame to frame, the short way round, in cycles."""
+    """Signed change of each state from frame to frame in cycles, in the shorter direction."""
     return (np.diff(states, axis=0) + 0.5) % 1.0 - 0.5
 
 
@@ -28,7 +32,7 @@ def test_only_the_states_of_the_class_change_at_a_steady_visible_rate(label):
     slowest, fastest = np.array(motion_demo.RATES)[moving].T
     rate = change[0, 0, moving] / direction[moving]
     assert (slowest <= rate).all() and (rate <= fastest).all()
-    assert (fastest < 0.25).all()  # two frames apart: still less than half a cycle
+    assert (fastest < 0.25).all()  # less than half a cycle even between every second frame
 
 
 @pytest.mark.parametrize("label", range(len(CLASSES)))
@@ -44,12 +48,12 @@ def test_opposite_class_is_the_same_video_backwards(label):
 def test_every_frame_of_every_class_has_uniform_independent_states(label):
     videos = 2000
     rng = np.random.default_rng(label)
-    states = np.stack([trajectory(label, rng, FRAMES) for _ in range(videos)])  # (videos, F, O, 4)
+    states = np.stack([trajectory(label, rng, FRAMES) for _ in range(videos)])  # (videos, T, O, 4)
     for frame in (0, 5, FRAMES - 1):
         values = states[:, frame].reshape(videos, -1)  # (videos, O * 4)
         ranks = np.sort(values, axis=0)
         distance = np.abs(ranks - (np.arange(videos)[:, None] + 0.5) / videos).max(axis=0)
-        assert distance.max() < 2.2 / videos**0.5  # Kolmogorov-Smirnov, far beyond the 0.1 % level of one test
+        assert distance.max() < 2.2 / videos**0.5  # Kolmogorov-Smirnov, far above the 0.1 % level
         assert np.abs(np.corrcoef(values.T) - np.eye(values.shape[1])).max() < 5 / videos**0.5
 
 
@@ -65,10 +69,10 @@ def test_mirrored_video_shows_the_class_with_left_and_right_swapped(label):
     ground = np.full((64, 64, 3), 0.5)
     objects = [motion_demo._object(np.random.default_rng(number)) for number in range(motion_demo.OBJECTS)]
     difference = draw(states, ground, objects)[:, :, ::-1] - draw(mirrored, ground, [o[:, ::-1] for o in objects]) * 1.0
-    assert np.abs(difference).mean() < 0.5  # grey levels; nearest sampling rounds to the other side here and there
+    assert np.abs(difference).mean() < 0.5  # grey levels; nearest sampling rounds some pixels to the other side
 
 
-# What a wedge that points right does: its pixels' mean column and mean row (down is positive), and their number.
+# What a wedge is measured by: mean column and mean row (down is positive) of its pixels, and their number.
 COLUMN, ROW, AREA = range(3)
 SEEN = {"left": (COLUMN, -1), "right": (COLUMN, 1), "up": (ROW, -1), "down": (ROW, 1)}
 SEEN |= {"growing": (AREA, 1), "shrinking": (AREA, -1)}
@@ -134,6 +138,17 @@ def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "demo", train_videos=1, val_videos=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_program_runs_by_its_path_and_as_a_module(tmp_path):
+    arguments = [tmp_path / "demo", "--train_videos", "1", "--val_videos", "1", "--size", "32", "--num_frames", "2"]
+    for program, complaint in (
+        (["tools/motion_demo.py"], "written"),
+        (["-m", "tools.motion_demo"], "are there already"),
+    ):
+        command = [sys.executable, *program, *map(str, arguments)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.stdout == f"{tmp_path / 'demo'}: 1 training and 1 validation videos {complaint}\n", done.stderr
 
 
 def test_command_line_names_a_folder_that_cannot_be_written(tmp_path):

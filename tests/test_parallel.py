@@ -1,4 +1,4 @@
-"""Work in several processes: in order, in bounded memory, with the processes that die named."""
+"""Work in several processes: in order, with bounded memory, and without losing items when a process ends."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from utils.parallel import parallel_map
 
 def work(item: int) -> int:
     if item == 5:
-        os._exit(3)  # as a crash in a decoder
+        os._exit(3)  # like a crash in a decoder
     return item * item
 
 
@@ -27,7 +27,7 @@ def refuse(item: int) -> int:
 
 
 def note(item: int, folder: Path) -> int:
-    """Leaves a file for each time; the first item ends its process after four others were begun."""
+    """Writes one file per call. The first item ends its process once four files exist."""
     while item == 0 and len(list(folder.iterdir())) < 4:
         time.sleep(0.01)
     if item == 0:

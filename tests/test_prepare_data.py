@@ -1,4 +1,4 @@
-"""Videos to folders of frames, and the official annotation files to lists."""
+"""tools/prepare_data.py: videos to folders of frames, and official annotation files to lists."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from tiny import smooth_pictures, write_video
 
 from datasets.annotations import VideoRecord, read_annotations, read_class_names
 from datasets.readers import FrameFolderReader, VideoFileReader
-from tools import prepare_data
+from tools import extract_frames
+from tools.find_videos import frame_folders
 from tools.prepare_data import main
 from utils.errors import DataError, UserError
 
@@ -63,10 +64,10 @@ def test_every_frame_is_written_in_order_under_the_path_of_its_video(videos, tmp
 
 
 def test_frames_have_the_pixels_that_the_reader_gives(videos, tmp_path):
-    """Before JPEG, and where nothing is resized: the folders show what the video files show."""
+    """The pixels before JPEG compression, of frames that are not resized."""
     record = VideoRecord("a/one.mp4", None, 0, "list:1")
     read = VideoFileReader(str(videos), "pyav").open(record).read([0, 1, 2, 3])
-    for frame, pixels in zip(read, prepare_data.upright_frames(videos / "a" / "one.mp4", 256), strict=True):
+    for frame, pixels in zip(read, extract_frames.upright_frames(videos / "a" / "one.mp4", 256), strict=True):
         assert np.array_equal(np.asarray(frame), pixels)
 
 
@@ -200,7 +201,7 @@ def test_a_video_that_breaks_in_the_middle_leaves_no_folder(tmp_path):
 
 def test_an_interrupted_run_leaves_whole_folders_only_and_the_next_one_goes_on(videos, tmp_path, monkeypatch):
     extract(videos, tmp_path / "unbroken")
-    frames = prepare_data.upright_frames
+    frames = extract_frames.upright_frames
 
     def interrupted_frames(path, short_side):
         for number, pixels in enumerate(frames(path, short_side)):
@@ -208,7 +209,7 @@ def test_an_interrupted_run_leaves_whole_folders_only_and_the_next_one_goes_on(v
                 raise KeyboardInterrupt
             yield pixels
 
-    monkeypatch.setattr(prepare_data, "upright_frames", interrupted_frames)
+    monkeypatch.setattr(extract_frames, "upright_frames", interrupted_frames)
     with pytest.raises(UserError, match="interrupted; what is complete stays"):
         extract(videos, tmp_path / "out")
     done, unbroken = contents(tmp_path / "out"), contents(tmp_path / "unbroken")
@@ -223,22 +224,22 @@ def test_what_a_killed_process_leaves_does_not_look_finished(videos, tmp_path, c
     out = tmp_path / "out"
     extract(videos, out)
     whole = contents(out)
-    half = prepare_data.unfinished(out / "six")
+    half = extract_frames.unfinished(out / "six")
     (out / "six").rename(half)
     (half / "img_00009.jpg").write_bytes(b"")
-    listed = {found.path for found in prepare_data.frame_folders(out, "img_{:05d}.jpg")}
+    listed = {found.path for found in frame_folders(out, "img_{:05d}.jpg")}
     assert listed == {"a/one", "a/two words", "b/c/three", "b/four", "five"}
     extract(videos, out)
     assert contents(out) == whole
 
 
 def test_a_video_that_is_done_is_left_alone(videos, tmp_path):
-    """A process may end between its last step and its answer, and then the video is handed out again."""
-    job = prepare_data.Job(videos / "a" / "one.mp4", tmp_path / "one")
-    settings = prepare_data.Extraction(str(videos), 256, 90, "img_{:05d}.jpg")
-    assert prepare_data.extract_video(job, settings) is None
+    """A process may end after its last step but before it returns, and then the video is extracted again."""
+    job = extract_frames.Job(videos / "a" / "one.mp4", tmp_path / "one")
+    settings = extract_frames.Extraction(str(videos), 256, 90, "img_{:05d}.jpg")
+    assert extract_frames.extract_video(job, settings) is None
     first = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
-    assert prepare_data.extract_video(job, settings) is None
+    assert extract_frames.extract_video(job, settings) is None
     assert {path: path.stat().st_mtime_ns for path in job.folder.iterdir()} == first
 
 
@@ -265,6 +266,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(videos, tmp_path, monke
         (["--short_side", "0"], "--short_side: must be 1 or more, got 0"),
         (["--workers", "-1"], "--workers: must be 0 or more, got -1"),
         (["--image_tmpl", "frame.jpg"], "--image_tmpl: must be a file name with a field"),
+        (["--image_tmpl", "frames/{:05d}.jpg"], "--image_tmpl: must be a file name with a field"),
         (["--image_tmpl", "{:05d}.png"], "--image_tmpl: must be the name of a JPEG file"),
         (["--root", "."], "videos: is a folder, whose videos are all taken"),
     ],
@@ -330,7 +332,7 @@ def test_the_programs_run_from_the_repository_root_without_torch(videos, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
-    """Whatever a process is at: one waits without end for a pipe that nobody writes to."""
+    """Also while a process is busy: one waits forever for a pipe without a writer."""
     root, out = tmp_path / "videos", tmp_path / "out"
     for seed in (0, 1, 3, 4):
         write_video(root / f"v{seed}.mp4", seed)
@@ -351,7 +353,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    _, errors = process.communicate(timeout=60)  # returns when the last of its processes has closed the pipes
+    _, errors = process.communicate(timeout=60)  # returns when its last process has closed the pipes
     assert process.returncode == (1 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
         assert errors == "error: interrupted; what is complete stays, and the same command goes on\n"
@@ -368,7 +370,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
 
 @pytest.fixture
 def touch(tmp_path):
-    """touch(root, path, ...): empty video files, or for a number after the path a folder of so many empty frames."""
+    """touch(root, **videos): an empty video file for each path: None, a folder of empty frames for path: number."""
 
     def make(root, **videos):
         for path, count in videos.items():
@@ -479,7 +481,7 @@ def test_ucf101(touch, tmp_path):
     options = ["--labels", labels, "--train", train, "--val", val, "--modality", "video"]
     make_list("ucf101", root, tmp_path / "out", *options)
     lists, names = read_lists(tmp_path / "out", "video")
-    assert names == ["YoYo", "Archery"]  # those of the official numbers, less one
+    assert names == ["YoYo", "Archery"]  # the official numbers minus one
     assert lists["train"] == [
         ("Archery/v_Archery_g01_c01.avi", None, "Archery"),
         ("YoYo/v_YoYo_g01_c01.avi", None, "YoYo"),
@@ -532,7 +534,7 @@ def test_a_share_of_each_class_is_held_out_the_same_every_time(touch, tmp_path):
 
 
 def test_lists_of_one_folder_share_their_classes(touch, tmp_path):
-    """Lists written one after the other, of which the second lacks a class, would number the classes differently."""
+    """If the lists were written one after the other, the second, which lacks a class, would number them differently."""
     root = touch("videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None})
     header = "label,youtube_id,time_start,time_end\n"
     train = write(tmp_path / "train.csv", f"{header}a,1,0,10\nb,2,0,10\n")
@@ -580,6 +582,12 @@ def test_folders_that_make_no_list(touch, tmp_path, videos, complaint):
     with pytest.raises(DataError, match=complaint):
         make_list("folders", root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_a_number_makes_no_list(touch, tmp_path):
+    root = touch("frames", **{"a/x": 3})
+    with pytest.raises(UserError, match="--image_tmpl: must be a file name with a field for the number, got 'img.jpg'"):
+        make_list("folders", root, tmp_path / "out", "--image_tmpl", "img.jpg")
 
 
 def test_frames_from_0_and_gaps_are_stated(touch, tmp_path, capsys):

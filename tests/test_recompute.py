@@ -1,30 +1,33 @@
-"""What the backward pass computes again, what stays in memory for it, and what processes send each other."""
+"""Recomputation in the backward pass, memory that is kept for it, and what processes exchange in a training step."""
 
 import itertools
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from textbook import textbook_of
-from tiny import SHARED_TOWER, SIDE, make_inputs, make_shared_model, make_side, relative, shared_batches
-from torch import multiprocessing
+from tiny import SHARED_TOWER, SIDE, free_port, make_inputs, make_shared_model, make_side, relative, shared_batches
+from torch import multiprocessing, nn
 
 from benchmarks.allocations import measure_memory
+from benchmarks.traffic import count_reduced_bytes
 from modules.backbones import FrozenTower
+from modules.recompute import from_first_run, in_second_run, recomputed
 from modules.side4video import Side4Video, SideClassifier
-from modules.side_network import TokenBatchNorm
-from utils.distributed import Traffic, close_distributed, init_distributed
+from modules.token_norm import TokenBatchNorm
+from utils.distributed import close_distributed, init_distributed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def accumulate(side, batches, dtype):
-    """Outputs of both batches, after which the gradients are the sums of both."""
+    """Return the outputs of both batches and leave the sums of their gradients."""
     outputs = []
     for clips, tokens in batches:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -38,11 +41,10 @@ def accumulate(side, batches, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_recomputing_changes_no_result(placement, dtype, token_dtype):
-    """Outputs and running statistics to the bit, gradients but for the order of sums, over two accumulated batches."""
+    """Over two accumulated batches: outputs and running statistics to the bit, gradients up to the order of sums."""
     results = []
     for recompute in (True, False):
-        side = make_side(placement, torch.float32, **SIDE).train()
-        side.recompute = recompute
+        side = make_side(placement, torch.float32, **SIDE, recompute=recompute).train()
         batches = []
         for frames in (4, 3):
             clips, tokens = make_inputs(torch.float32, SIDE, (8, 12), frames=frames)
@@ -55,7 +57,7 @@ def test_recomputing_changes_no_result(placement, dtype, token_dtype):
     assert ours.stem_bn.num_batches_tracked == 2
     largest = max(p.grad.abs().max() for p in plain.parameters())
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        scale = torch.maximum(b.grad.abs().max(), 1e-2 * largest)  # some are zero but for rounding
+        scale = torch.maximum(b.grad.abs().max(), 1e-2 * largest)  # some are zero up to rounding
         assert (a.grad - b.grad).abs().max() <= TOLERANCE[dtype] * scale, name
 
 
@@ -83,6 +85,37 @@ def test_weights_that_change_before_the_backward_pass_are_an_error():
         out.sum().backward()
 
 
+class Draw(nn.Module):
+    """Records whether a run was the second, its random number, and what another thread sees meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def forward(self, x):
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(in_second_run()))
+        thread.start()
+        thread.join()
+        number = from_first_run(lambda: torch.rand(()).item())
+        self.seen.append((in_second_run(), number, *elsewhere))
+        return x * self.weight * number
+
+
+def test_a_second_run_has_the_values_of_the_first_and_is_seen_in_its_thread_only():
+    part = Draw()
+    outputs = [recomputed(part, torch.ones(())) for _ in range(2)]
+    for output in outputs:
+        output.backward(retain_graph=True)
+    outputs[0].backward()
+    numbers = [output.item() for output in outputs]
+    assert numbers[0] != numbers[1] and not in_second_run()
+    first, second = ([(again, number, False) for number in numbers] for again in (False, True))
+    assert part.seen == [*first, *second, second[0]]
+    assert part.weight.grad.item() == pytest.approx(2 * numbers[0] + numbers[1])
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -99,7 +132,7 @@ def memory_model(compiled, dtype=torch.float32):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_backward_pass_keeps_the_towers_tokens_and_the_inputs_of_blocks(compiled):
-    """Only the stem's product, the last block's output and some vectors beside them; compiling changes nothing."""
+    """In addition only the stem's product, the last block's output and some vectors; compiled or not."""
     tower, side, textbook = memory_model(compiled)
     clips = torch.randn(2, 4, 3, 96, 96)
     kept = {}
@@ -118,7 +151,7 @@ def test_tokens_are_kept_once_and_in_the_towers_type():
         tower, side, _ = memory_model(False, dtype)
         clips = torch.randn(2, 4, 3, 96, 96)
         kept.append(measure_memory(lambda: side(clips, tower.layer_tokens(clips)))[0])  # noqa: B023
-    saved = 2 * 4 * 4 * 145 * 192 * 2  # two bytes of every number
+    saved = 2 * 4 * 4 * 145 * 192 * 2  # two bytes of each number
     assert kept[0] - kept[1] == pytest.approx(saved, rel=0.02)
 
 
@@ -137,7 +170,7 @@ def test_evaluation_holds_one_layer_of_tokens_at_a_time():
 
     with torch.no_grad():
         side(clips, produce())
-    assert held == [1] * 5  # the one just used, which the tower's next block reads too
+    assert held == [1] * 5  # the one just used, which is also the input of the tower's next block
 
 
 # ---------------------------------------------------------------- compiling
@@ -181,6 +214,10 @@ def test_without_a_compiler_there_is_one_clear_error(tmp_path):
 # ---------------------------------------------------------------- processes
 
 
+def copy_grads(model):
+    return {name: p.grad.clone() for name, p in model.trained.named_parameters()}
+
+
 def train_shared(rank, port, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -188,20 +225,30 @@ def train_shared(rank, port, folder):
     init_distributed()
     results = {}
     for placement, recompute, sync_bn in itertools.product(("pre", "post"), (True, False), (True, False)):
-        model = make_shared_model(placement)
-        model.trained.side.recompute = recompute
-        model.parallelize(sync_bn)
-        sent = []
-        for number, clips in enumerate(shared_batches()):
-            before, share = Traffic.reduced, clips[2 * rank : 2 * rank + 2]
-            with model.no_sync() if number == 0 else torch.enable_grad():
-                torch.nn.functional.cross_entropy(model(share), torch.arange(2 * rank, 2 * rank + 2)).backward()
-            sent.append(Traffic.reduced - before)
-        results[placement, recompute, sync_bn] = {
+        model = make_shared_model(placement, recompute=recompute, sync_bn=sync_bn)
+        alone = model.reduced_bytes()
+        model.parallelize()
+        share, labels, sent = slice(2 * rank, 2 * rank + 2), torch.arange(2 * rank, 2 * rank + 2), []
+        with count_reduced_bytes(model) as count:
+            for number, clips in enumerate(shared_batches()):
+                before = count.total
+                with model.no_sync() if number == 0 else torch.enable_grad():
+                    torch.nn.functional.cross_entropy(model(clips[share]), labels).backward()
+                sent.append(count.total - before)
+        result = {
             "sent": sent,
-            "grads": {name: p.grad for name, p in model.trained.named_parameters()},
-            "buffers": dict(model.trained.named_buffers()),
+            "derived": {"alone": alone, 1: model.reduced_bytes(), 2: model.reduced_bytes(2)},
+            "grads": copy_grads(model),
+            "buffers": {name: buffer.clone() for name, buffer in model.trained.named_buffers()},
         }
+        model.zero_grad()
+        with model.no_sync():
+            loss = torch.nn.functional.cross_entropy(model(clips[share]), labels)
+            loss.backward(retain_graph=True)
+            result["once"] = copy_grads(model)
+            loss.backward()
+            result["twice"] = copy_grads(model)
+        results[placement, recompute, sync_bn] = result
     torch.save(results, Path(folder, f"rank{rank}.pt"))
     close_distributed()
 
@@ -209,17 +256,15 @@ def train_shared(rank, port, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    port = str(29500 + (os.getpid() + 500) % 1000)
-    multiprocessing.spawn(train_shared, (port, str(folder)), nprocs=2)
+    multiprocessing.spawn(train_shared, (free_port(), str(folder)), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_synced_statistics_make_two_processes_one_with_the_double_batch(two_processes, placement, recompute):
-    """Means far from zero, so that square sums in float32 would show; gradients are means over four clips."""
-    model = make_shared_model(placement)
-    model.trained.side.recompute = recompute
+    """The means are far from zero, so sums of squares in float32 would fail; gradients are means over four clips."""
+    model = make_shared_model(placement, recompute=recompute)
     for clips in shared_batches():
         torch.nn.functional.cross_entropy(model(clips), torch.arange(4)).backward()
     largest = max(p.grad.abs().max() for p in model.trained.parameters())
@@ -243,6 +288,19 @@ def test_recomputing_changes_nothing_on_two_processes(two_processes, placement, 
         assert all(a["buffers"][name].equal(buffer) for name, buffer in b["buffers"].items())
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("sync_bn", [True, False])
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_second_backward_pass_through_one_graph_gives_the_same_gradients(
+    two_processes, placement, recompute, sync_bn
+):
+    for rank in two_processes:
+        result = rank[placement, recompute, sync_bn]
+        largest = max(grad.abs().max() for grad in result["once"].values())
+        for name, grad in result["once"].items():
+            assert (result["twice"][name] - 2 * grad).abs().max() <= 1e-12 * largest, name
+
+
 def test_processes_differ_without_synced_statistics(two_processes):
     a, b = (rank["pre", True, False]["buffers"]["side.stem_bn.running_mean"] for rank in two_processes)
     assert not a.equal(b)
@@ -256,3 +314,9 @@ def test_only_gradients_of_trained_tensors_are_sent_and_none_while_accumulating(
     norms = [m.num_features for m in model.modules() if isinstance(m, TokenBatchNorm)]
     statistics = sum(8 * (2 * width + 1) + 8 * 2 * width for width in norms)  # forward once, backward once
     assert all(rank[placement, True, True]["sent"] == [statistics, gradients + statistics] for rank in two_processes)
+
+
+def test_the_derived_bytes_of_an_update_are_those_that_are_sent(two_processes):
+    for rank in two_processes:
+        for result in rank.values():
+            assert result["derived"] == {"alone": 0, 1: result["sent"][1], 2: sum(result["sent"])}

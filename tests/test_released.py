@@ -1,4 +1,4 @@
-"""Released checkpoints: names, exact round trips, what is refused, and a textbook model with the released names."""
+"""Released checkpoints: their names, exact round trips, what is refused, and a textbook model with these names."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import torch
 from textbook import TextbookBlock
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn
-from tiny import TOWER, published_form, score_run, train_run
+from tiny import TOWER, checkpoint_of, published_form, score_run, train_run
 from torch import nn
 
 from engine.configuration import default_config, read_config
@@ -21,9 +21,9 @@ from modules.checkpoint import (
     model_state,
     read_checkpoint,
     save_checkpoint,
-    save_official,
+    save_released,
 )
-from modules.released import to_official
+from modules.released import to_released
 from tools.motion_demo import CLASSES
 from utils.errors import CheckpointError, UserError
 
@@ -57,7 +57,7 @@ side_transformer.K.mlp.fc2.weight side_transformer.K.mlp.fc2.bias
 
 
 def make_model(seed=0, num_classes=5, input_size=32, arch="ViT-B/16", init=False, weights=None, **kwargs):
-    """ViT-B/16 cut to two blocks of width 32, side width 64, 2 x 2 patches, used statistics."""
+    """A tower of two blocks of width 32, side width 64, 2 x 2 patches; running statistics after one batch."""
     network = {"arch": arch, "init": init, "weights": weights}
     network["backbone_kwargs"] = {**TOWER, "depth": 2, **kwargs}
     config = default_config(data={"num_classes": num_classes, "input_size": input_size}, network=network)
@@ -100,7 +100,7 @@ class SideBlock(TextbookBlock):
 
 
 class TextbookSide4Video(nn.Module):
-    """CLIP and the side network as the paper draws them; the attributes' names are the released ones."""
+    """CLIP and the side network in plain PyTorch; attributes have the released names."""
 
     def __init__(self, D=32, S=64, P=16, N=4, K=5):
         super().__init__()
@@ -133,7 +133,7 @@ class TextbookSide4Video(nn.Module):
 
 
 def released_file(path, prefix="module."):
-    """What the authors' training would have saved, from a textbook model after one step; returns model and file."""
+    """Write a file in the form of the authors' training, from a textbook model; returns the model and the content."""
     torch.manual_seed(4)
     textbook = TextbookSide4Video()
     optimizer = torch.optim.AdamW(textbook.parameters(), lr=1e-3)
@@ -152,29 +152,12 @@ def test_the_names_are_the_released_ones():
     expected = NAMES.split()
     for k in "01":
         expected += [f"visual.transformer.{name}" for name in LAYER_NAMES.replace("K", k).split()]
-    assert sorted(to_official(make_model())) == sorted(expected)
-
-
-def test_convolutions_have_the_shapes_of_conv3d_and_embeddings_no_leading_axes():
-    state = to_official(make_model())
-    shapes = {
-        "visual.side_conv1.weight": (64, 3, 3, 16, 16),
-        "visual.transformer.side_transformer.1.conv.0.weight": (64, 64, 1, 1, 1),
-        "visual.transformer.side_transformer.1.conv.1.weight": (64, 1, 3, 1, 1),
-        "visual.transformer.side_transformer.1.conv.2.weight": (64, 64, 1, 1, 1),
-        "visual.transformer.side_transformer.0.attn.in_proj_weight": (192, 64),
-        "visual.transformer.side_spatial_position_embeddings": (4, 64),
-        "visual.conv1.weight": (32, 3, 16, 16),
-        "visual.class_embedding": (32,),
-        "visual.positional_embedding": (5, 32),
-        "fc.weight": (5, 64),
-    }
-    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert sorted(to_released(make_model())) == sorted(expected)
 
 
 def test_the_tower_of_an_export_reads_as_openai_wrote_it():
     model = make_model()
-    tower = {name: tensor for name, tensor in to_official(model).items() if "side_" not in name}
+    tower = {name: tensor for name, tensor in to_released(model).items() if "side_" not in name}
     converted = checkpoint_filter_fn(tower, model.backbone.vit)
     own = model.backbone.vit.state_dict()
     assert set(converted) == set(own) and all(converted[name].equal(own[name]) for name in own)
@@ -191,8 +174,9 @@ def test_a_released_file_gives_the_textbook_models_logits(tmp_path, prefix):
 
 
 def test_our_model_in_released_form_fills_the_textbook_strictly():
+    """Every name and shape is that of plain PyTorch modules, such as Conv3d."""
     model, textbook = make_model().double(), TextbookSide4Video().double()
-    textbook.load_state_dict(to_official(model))
+    textbook.load_state_dict(to_released(model))
     clips = torch.randn(2, 3, 3, 32, 32, dtype=torch.float64)
     expected = textbook.eval()(clips)
     assert (model(clips) - expected).abs().max() < 1e-9 * expected.abs().max()
@@ -202,7 +186,7 @@ def test_a_released_file_is_written_back_to_the_bit(tmp_path):
     _, content = released_file(tmp_path / "released.pt", prefix="")
     model = make_model()
     read = load_weights(model, tmp_path / "released.pt")
-    save_official(tmp_path / "again.pt", model, read["epoch"], read["optimizer_state_dict"])
+    save_released(tmp_path / "again.pt", model, read["epoch"], read["optimizer_state_dict"])
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert set(again) == set(content) and again["epoch"] == 29
     for name, tensor in content["model_state_dict"].items():
@@ -215,7 +199,7 @@ def test_a_released_file_is_written_back_to_the_bit(tmp_path):
 
 def test_our_model_comes_back_from_the_released_form_to_the_bit(tmp_path):
     model, other = make_model(0), make_model(1)
-    save_official(tmp_path / "m.pt", model)
+    save_released(tmp_path / "m.pt", model)
     assert not logits(model).equal(logits(other))
     load_weights(other, tmp_path / "m.pt")
     own, back = model.state_dict(), other.state_dict()
@@ -223,15 +207,15 @@ def test_our_model_comes_back_from_the_released_form_to_the_bit(tmp_path):
     assert logits(model).equal(logits(other))
 
 
-def test_a_table_may_part_a_tensor_into_several(monkeypatch, tmp_path):
+def test_a_table_may_split_a_tensor_into_several(monkeypatch, tmp_path):
     start = "visual.transformer.side_transformer.*.attn."
     parted = {"trained.side.blocks.*.attn.qkv.": tuple(f"{start}{part}_proj." for part in "qkv")}
-    monkeypatch.setitem(released.OFFICIAL_NAMES, "pre", released.OFFICIAL_NAMES["pre"] | parted)
+    monkeypatch.setitem(released.RELEASED_NAMES, "pre", released.RELEASED_NAMES["pre"] | parted)
     model, other = make_model(0), make_model(1)
-    state = to_official(model)
+    state = to_released(model)
     qkv = model.trained.side.blocks[1].attn.qkv.weight
     assert state["visual.transformer.side_transformer.1.attn.k_proj.weight"].equal(qkv[64:128])
-    save_official(tmp_path / "m.pt", model)
+    save_released(tmp_path / "m.pt", model)
     load_weights(other, tmp_path / "m.pt")
     assert logits(model).equal(logits(other))
 
@@ -239,16 +223,16 @@ def test_a_table_may_part_a_tensor_into_several(monkeypatch, tmp_path):
 def test_both_forms_load_by_the_same_call_and_say_whether_they_hold_the_tower(tmp_path):
     torch.save(published_form(make_model().backbone), tmp_path / "clip.pt")
     model = make_model(init=True, weights=str(tmp_path / "clip.pt"))
-    save_official(tmp_path / "official.pt", model)
-    save_checkpoint(tmp_path / "ours.pt", {**model_state(model), "trained": model.trained.state_dict()})
-    assert holds_tower(read_checkpoint(tmp_path / "official.pt"))
+    save_released(tmp_path / "released.pt", model)
+    save_checkpoint(tmp_path / "ours.pt", checkpoint_of(model))
+    assert holds_tower(read_checkpoint(tmp_path / "released.pt"))
     assert not holds_tower(read_checkpoint(tmp_path / "ours.pt"))
-    from_official, from_ours = make_model(2), make_model(3, init=True, weights=str(tmp_path / "clip.pt"))
-    load_weights(from_official, tmp_path / "official.pt")
+    from_released, from_ours = make_model(2), make_model(3, init=True, weights=str(tmp_path / "clip.pt"))
+    load_weights(from_released, tmp_path / "released.pt")
     load_weights(from_ours, tmp_path / "ours.pt")
-    assert logits(from_official).equal(logits(model)) and logits(from_ours).equal(logits(model))
-    # the tower of a released checkpoint comes from no file that a user could name again
-    assert model_state(from_official)["tower_file"] is None and model_state(from_official)["tower"] is not None
+    assert logits(from_released).equal(logits(model)) and logits(from_ours).equal(logits(model))
+    # the next checkpoint must hold the tower, because no published file has it
+    assert model_state(from_released)["tower_file"] is None and model_state(from_released)["tower"] is not None
 
 
 # What does not fit
@@ -272,7 +256,7 @@ def test_both_forms_load_by_the_same_call_and_say_whether_they_hold_the_tower(tm
     ],
 )
 def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, change, complaint):
-    state = to_official(make_model())
+    state = to_released(make_model())
     change(state)
     torch.save({"model_state_dict": state}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=f"m.pt.*tensors do not fit; {complaint}") as caught:
@@ -283,7 +267,7 @@ def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path, change, complai
 def test_a_tower_without_released_names_is_refused_by_tensor():
     model = make_model(arch="timm/deit3_small_patch16_224", init_values=1e-4)
     with pytest.raises(CheckpointError, match=r"backbone.vit.blocks.0.ls1.gamma: .*no name for"):
-        to_official(model)
+        to_released(model)
 
 
 class Hostile:
@@ -309,12 +293,12 @@ def test_other_content_is_refused_in_one_line(tmp_path, monkeypatch, content, re
 
 def test_a_file_from_before_torch_wrote_zip_archives_is_read_too(tmp_path):
     model, other = make_model(0), make_model(1)
-    torch.save({"model_state_dict": to_official(model)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    torch.save({"model_state_dict": to_released(model)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     load_weights(other, tmp_path / "m.pt")
     assert logits(model).equal(logits(other))
 
 
-@pytest.mark.parametrize("form", ["official", "ours"])
+@pytest.mark.parametrize("form", ["released", "ours"])
 def test_a_head_of_other_classes_is_made_anew_only_when_asked(tmp_path, caplog, form):
     model, other = make_model(0), make_model(1, num_classes=7)
     save_as(form, model, tmp_path / "m.pt")
@@ -329,13 +313,13 @@ def test_a_head_of_other_classes_is_made_anew_only_when_asked(tmp_path, caplog, 
 
 
 def save_as(form, model, path):
-    if form == "official":
-        save_official(path, model)
+    if form == "released":
+        save_released(path, model)
     else:
-        save_checkpoint(path, {**model_state(model), "trained": model.trained.state_dict()})
+        save_checkpoint(path, checkpoint_of(model))
 
 
-@pytest.mark.parametrize("form", ["official", "ours"])
+@pytest.mark.parametrize("form", ["released", "ours"])
 def test_another_input_size_resamples_both_position_tables_in_one_logged_line(tmp_path, caplog, form):
     model, other = make_model(0, patch_size=8), make_model(1, patch_size=8, input_size=64)
     pos = model.trained.side.pos.data.view(4, 4, -1)  # rows and columns of patches
@@ -355,9 +339,20 @@ def test_another_input_size_resamples_both_position_tables_in_one_logged_line(tm
 
 
 def test_another_input_size_is_refused_where_a_run_goes_on(tmp_path):
-    save_official(tmp_path / "m.pt", make_model(0))
+    save_released(tmp_path / "m.pt", make_model(0))
     with pytest.raises(CheckpointError, match=r"vit.pos_embed \(1, 5, 32\) instead of \(1, 17, 32\)"):
         load_weights(make_model(1, input_size=64), tmp_path / "m.pt", new_size=False)
+
+
+@pytest.mark.parametrize("form", ["released", "ours"])
+def test_a_position_table_without_a_class_position_is_resampled_whole(tmp_path, form):
+    arch = {"arch": "timm/vit_base_patch16_224", "patch_size": 8, "no_embed_class": True}
+    arch |= {"pre_norm": True, "norm_layer": "layernorm"}
+    model, other = make_model(0, **arch), make_model(1, input_size=64, **arch)
+    save_as(form, model, tmp_path / "m.pt")
+    load_weights(other, tmp_path / "m.pt")
+    old, table = model.backbone.vit.pos_embed, other.backbone.vit.pos_embed
+    assert old.shape[1] == 16 and table.equal(resample_abs_pos_embed(old, [8, 8], num_prefix_tokens=0))
 
 
 def test_a_named_tower_is_proven_at_another_input_size_too(tmp_path):
@@ -377,13 +372,15 @@ def test_the_programs_take_a_released_checkpoint_as_they_take_ours(config, tmp_p
     ours, released = tmp_path / "run" / "last_model.pt", tmp_path / "released.pt"
     model = build_model(read_config(config))
     load_weights(model, ours)
-    save_official(released, model, epoch=1)
+    save_released(released, model, epoch=1)
     # network.init would need a weight file if the checkpoint did not hold the tower
     scores = [score_run(config, path, tmp_path / "s.npz", "network.init=True")["scores"] for path in (ours, released)]
     assert np.array_equal(*scores)
 
     short = ["solver.epochs=1", "logging.skip_epoch=[0]"]
     tuned = train_run(config, tmp_path / "tuned", f"pretrain={released}", "network.init=True", *short)
+    loaded = f"weights: {released} (released, epoch 1) loaded; it holds the frozen tower"
+    assert loaded in (tmp_path / "tuned" / "train.log").read_text()
     assert tuned["tower_file"] is None and tuned["tower_sha256"] == torch.load(ours, weights_only=True)["tower_sha256"]
     with pytest.raises(UserError, match="released.pt: a released checkpoint can only be started from, by pretrain"):
         train_run(config, tmp_path / "resumed", f"resume={released}")
@@ -396,7 +393,7 @@ def test_the_programs_take_a_released_checkpoint_as_they_take_ours(config, tmp_p
     refusal = f"its head has {more - 1} classes, data.num_classes is {more}"
     with pytest.raises(UserError, match=refusal):
         score_run(config, released, tmp_path / "s.npz", *other_classes)
-    with pytest.raises(UserError, match=refusal):  # nothing would train the new head
+    with pytest.raises(UserError, match=refusal):  # an evaluation cannot train a new head
         train_run(config, tmp_path / "eval", f"pretrain={released}", "solver.evaluate=True", *other_classes)
     with pytest.raises(UserError, match=refusal):
         train_run(config, tmp_path / "more", f"resume={ours}", *other_classes)

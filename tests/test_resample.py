@@ -1,4 +1,4 @@
-"""One compiled step against Pillow's several: equal to the last bit, or as near as one rounding for two allows."""
+"""The compiled resize against Pillow: bit-equal for one resize, equal up to one rounding for two in one."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ def resampled(frame, across, down, levels=None):
 
 SIZES = [
     ((427, 240), (455, 256)),
-    ((340, 256), (320, 256)),  # only across
-    ((320, 240), (320, 256)),  # only down
+    ((340, 256), (320, 256)),  # the width changes only
+    ((320, 240), (320, 256)),  # the height changes only
     ((340, 256), (340, 256)),
     ((53, 38), (320, 256)),
     ((1280, 720), (455, 256)),
@@ -35,7 +35,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("old", "new"), SIZES)
-def test_a_bicubic_resize_is_pillows(old, new):
+def test_a_bicubic_resize_and_its_parts_equal_those_of_pillow(old, new):
     frame = noise(*old)
     expected = np.asarray(pillow_resize(Image.fromarray(frame), new, BICUBIC))
     across, down = bicubic(old[0], new[0]), bicubic(old[1], new[1])
@@ -48,12 +48,12 @@ def test_a_bicubic_resize_is_pillows(old, new):
 @pytest.mark.parametrize(
     ("old", "new"), [((427, 240), (455, 256)), ((340, 256), (320, 256)), ((1280, 720), (455, 256))]
 )
-def test_where_width_shrinks_no_less_than_height_every_pillow_passes_across_first(old, new):
+def test_every_pillow_resizes_across_first_if_the_width_shrinks_at_least_as_much_as_the_height(old, new):
     frame = Image.fromarray(noise(*old))
     assert np.array_equal(frame.resize(new, BICUBIC), pillow_resize(frame, new, BICUBIC))
 
 
-def test_any_sizes_are_resized_as_pillow_does():
+def test_random_sizes_are_resized_as_pillow_does():
     rng = np.random.default_rng(0)
     for seed in range(150):
         (width, height), new = rng.integers(1, 130, 2).tolist(), tuple(rng.integers(1, 130, 2).tolist())
@@ -64,7 +64,7 @@ def test_any_sizes_are_resized_as_pillow_does():
             assert np.array_equal(got, expected), (width, height, new, filter)
 
 
-def test_a_crop_that_is_resized_is_pillows():
+def test_a_resized_crop_equals_that_of_pillow():
     frame, rng = noise(90, 70), np.random.default_rng(1)
     for _ in range(50):
         (left, right), (upper, lower) = (sorted(rng.choice(n, 2, replace=False).tolist()) for n in (91, 71))
@@ -77,7 +77,7 @@ def test_a_crop_that_is_resized_is_pillows():
 
 
 @pytest.mark.parametrize("old", [(427, 240), (120, 160), (640, 480)])
-def test_two_resizes_in_one_are_pillows_two_but_for_rounding(old):
+def test_two_resizes_in_one_equal_the_two_of_pillow_up_to_rounding(old):
     frame, size = random_frame((3,), old), (341, 256)
     for box in [(0, 0, 341, 256), (20, 30, 300, 250), (111, 57, 190, 130)]:
         left, upper, right, lower = box
@@ -89,12 +89,12 @@ def test_two_resizes_in_one_are_pillows_two_but_for_rounding(old):
         assert abs(difference.mean()) < 0.05 and np.abs(difference).mean() < 0.4
 
 
-def test_weights_make_a_whole():
+def test_the_weights_of_a_pixel_sum_to_1():
     for table in (bicubic(427, 455), bilinear(300, 224), resized_twice(bicubic(427, 455), bilinear(455, 224))):
         assert np.allclose(table.weights.sum(1), 1, rtol=0, atol=1e-12)
 
 
-def test_a_mirrored_table_mirrors():
+def test_a_mirrored_table_mirrors_the_pixels():
     frame = noise(90, 70)
     across, down = bilinear(60, 32).moved(20), bilinear(70, 32)
     assert np.array_equal(resampled(frame, across.mirrored(), down), resampled(frame, across, down)[:, ::-1])
@@ -103,7 +103,7 @@ def test_a_mirrored_table_mirrors():
     assert np.array_equal(resampled(frame, same.mirrored(), unchanged(70)), frame[:, 5:37][:, ::-1])
 
 
-def test_levels_replace_the_values_before_they_are_mixed():
+def test_levels_replace_the_values_before_the_resize():
     frame, levels = noise(90, 70), np.random.default_rng(2).integers(0, 256, (3, 256), dtype=np.uint8)
     replaced = np.stack([levels[c][frame[..., c]] for c in range(3)], -1)
     for across, down in ((bicubic(90, 100), bicubic(70, 64)), (unchanged(90), unchanged(70))):

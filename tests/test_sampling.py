@@ -1,4 +1,7 @@
-"""Expected indices are written out from the formulas of docs/protocol.md section 4; T = 8 unless a test says else."""
+"""Frame indices against values written out from the formulas of docs/protocol.md, section 4.
+
+T = 8 frames of a clip unless a test gives another number.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ def test_protocol_follows_the_name_of_the_data_set():
     assert protocol_of("kinetics400") == protocol_of("motion_demo") == "kinetics"
 
 
-# Training: each index comes uniformly from its own range.
+# Training: each index is uniform in a range of its own.
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def test_protocol_follows_the_name_of_the_data_set():
         (20, [0, 2, 5, 7, 10, 12, 14, 17], [2, 5, 7, 10, 12, 14, 17, 19]),  # spacing 2.375: round(9.5) = 10
     ],
 )
-def test_kinetics_training_draws_from_stretches_with_both_ends(num_frames, low, high):
+def test_kinetics_training_draws_uniformly_from_intervals_that_include_both_ends(num_frames, low, high):
     samples = draws(num_frames, "kinetics")
     assert samples.min(axis=0).tolist() == low
     assert samples.max(axis=0).tolist() == high
@@ -47,10 +50,29 @@ def test_kinetics_training_draws_from_stretches_with_both_ends(num_frames, low, 
         (20, [0, 2, 5, 7, 10, 12, 15, 17], [1, 4, 6, 9, 11, 14, 16, 19]),
     ],
 )
-def test_something_training_draws_from_stretches_that_share_no_frame(num_frames, low, high):
+def test_something_training_draws_from_disjoint_intervals(num_frames, low, high):
     samples = draws(num_frames, "something")
     assert samples.min(axis=0).tolist() == low
     assert samples.max(axis=0).tolist() == high
+
+
+# (n - 1) / T * i and n / T * i round differently if the multiplication comes first: 15 would be 14, 57 would be 58, and
+# the last frame of the four videos for "something" would be drawn.
+@pytest.mark.parametrize(
+    ("protocol", "num_frames", "edges"),
+    [
+        ("kinetics", 30, [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27, 29]),
+        ("kinetics", 116, [0, 8, 16, 25, 33, 41, 49, 57, 66, 74, 82, 90, 99, 107, 115]),
+        ("something", 61, [0, 8, 17, 26, 34, 43, 52, 60]),
+        ("something", 122, [0, 17, 34, 52, 69, 87, 104, 121]),
+        ("something", 61, [0, 4, 8, 13, 17, 21, 26, 30, 34, 39, 43, 47, 52, 56, 60]),
+        ("something", 122, [0, 8, 17, 26, 34, 43, 52, 60, 69, 78, 87, 95, 104, 113, 121]),
+    ],
+)
+def test_training_divides_before_it_multiplies(protocol, num_frames, edges):
+    samples = draws(num_frames, protocol, num_segments=len(edges) - 1)
+    assert samples.min(axis=0).tolist() == edges[:-1]
+    assert samples.max(axis=0).tolist() == [edge - (protocol == "something") for edge in edges[1:]]
 
 
 def test_something_training_on_a_short_video_takes_every_frame_and_repeats_random_ones():
@@ -64,7 +86,7 @@ def test_something_training_on_a_short_video_takes_every_frame_and_repeats_rando
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_dense_training_starts_anywhere_in_the_room_around_its_window(protocol):
+def test_dense_training_starts_wherever_its_window_fits(protocol):
     assert (draws(1, protocol, dense=True) == 0).all()
     assert (draws(100, protocol, dense=True) == [0, 16, 32, 48, 64, 80, 96, 12]).all()
     assert (draws(129, protocol, dense=True) == [0, 16, 32, 48, 64, 80, 96, 112]).all()
@@ -104,7 +126,7 @@ def test_validation(protocol, num_frames, expected):
     assert sample_test(num_frames, 8, protocol).tolist() == [expected]
 
 
-def test_quotients_come_first_in_double_precision():
+def test_validation_divides_before_it_multiplies():
     # 7 * 122 / 14 is 61, 7 * (122 / 14) is 60.99...
     expected = [0, 8, 17, 26, 34, 43, 52, 60, 69, 78, 87, 95, 104, 113]
     assert sample_test(122, 14, "kinetics").tolist() == [expected]
@@ -187,7 +209,7 @@ def test_something_test_clips(num_frames, num_clips, expected):
         (100, 2, [[0, 16, 32, 48, 64, 80, 96, 12]] * 2),
         (128, 3, [[0, 16, 32, 48, 64, 80, 96, 112]] * 3),
         (129, 2, [[0, 16, 32, 48, 64, 80, 96, 112], [1, 17, 33, 49, 65, 81, 97, 113]]),
-        (300, 1, [[86, 102, 118, 134, 150, 166, 182, 198]]),  # room 172, start in its middle
+        (300, 1, [[86, 102, 118, 134, 150, 166, 182, 198]]),  # the last start is 172, the start is half of it
         (
             300,
             3,

@@ -1,6 +1,7 @@
 """The shell scripts, run by sh with an interpreter that only reports how it is called."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,9 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 INTERPRETER = r"""#!/bin/sh
 case "$*" in
 *device_count*) echo "$GPUS" ;;
+*find_spec*) shift 2; for name; do [ "$name" != "${MISSING:-}" ] || echo "$name"; done ;;
 -c*) ;;
+*"-m ruff"* | *"-m mypy"* | *"-m pytest"*) printf '[%s]' "$@"; echo; exit "${CHECK_STATUS:-0}" ;;
 *utils.config*) printf '[%s]' "$@"; echo; exit "${CONFIG_STATUS:-0}" ;;
 *) printf '[%s]' "$@"; echo
    printf 'error: second\nerror: first\nerror: second\n' >>"$SIDE4VIDEO_ERROR_FILE"; exit "${STATUS:-0}" ;;
@@ -132,6 +135,107 @@ def test_errors_of_the_processes_come_last_once_each(call, tmp_path):
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+EVERYTHING = ["[-m][ruff][check][.]", "[-m][ruff][format][--check][.]", "[-m][mypy]"]
+
+
+def test_the_check_of_everything_lints_and_checks_the_types_of_all_code(call):
+    assert call("run_tests.sh").stdout.splitlines() == [*EVERYTHING, "[-m][pytest][-q]"]
+    flags = ["-m", "gpu", "--junitxml", "tests"]
+    assert call("run_tests.sh", *flags).stdout.splitlines() == [
+        *EVERYTHING,
+        "[-m][pytest][-q][-m][gpu][--junitxml][tests]",
+    ]
+
+
+def test_the_check_of_named_test_files_lints_only_these_and_runs_no_type_checker(call):
+    arguments = ["tests/test_seeding.py", "-k", "a b", "tests/test_config.py::test_base_none_means_no_base"]
+    files = "[tests/test_seeding.py][tests/test_config.py]"
+    assert call("run_tests.sh", *arguments).stdout.splitlines() == [
+        f"[-m][ruff][check]{files}",
+        f"[-m][ruff][format][--check]{files}",
+        "[-m][pytest][-q]" + "".join(f"[{argument}]" for argument in arguments),
+    ]
+
+
+@pytest.mark.parametrize("module", ["pytest", "ruff", "mypy"])
+def test_only_the_check_needs_the_development_tools(call, module):
+    done = call("run_tests.sh", MISSING=module)
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"lacks {module}: install requirements.txt and requirements-dev.txt there" in done.stderr
+    assert call("run_train_vision.sh", "c.yaml", MISSING=module).returncode == 0
+
+
+def test_a_failed_check_stops_before_the_tests(call):
+    done = call("run_tests.sh", CHECK_STATUS="1")
+    assert done.returncode == 1 and done.stdout.splitlines() == EVERYTHING[:1]
+
+
+def requirements(text: str) -> list[Requirement]:
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return [Requirement(line) for line in lines if line]
+
+
+def test_the_lower_bounds_are_the_versions_that_requirements_begin_at():
+    command = ["sh", "-c", ". scripts/environment.sh; lower_bounds requirements.txt"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    given = requirements((ROOT / "requirements.txt").read_text())
+    pinned = requirements(printed)
+    assert [(pin.name, pin.marker) for pin in pinned] == [(each.name, each.marker) for each in given]
+    for pin, each in zip(pinned, given, strict=True):
+        (lower,) = each.specifier
+        (exact,) = pin.specifier
+        assert (lower.operator, exact.operator, exact.version) == (">=", "==", lower.version)
+
+
+OLD_PYTHON = r"""#!/bin/sh
+case "$*" in
+-c*) ;;
+"-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; echo "new environment" ;;
+*) printf '[%s]' "${0##*/}" "$@"; echo; exit "${PIP_STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def oldest(tmp_path):
+    """oldest(**environment) -> what run_tests_oldest.sh does in a copy of the repository's scripts and requirements."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    interpreter = tmp_path / "bin" / "python3.10"
+    interpreter.parent.mkdir()
+    interpreter.write_text(OLD_PYTHON)
+    interpreter.chmod(0o755)
+
+    def run(**environment: str) -> subprocess.CompletedProcess:
+        given = {"PATH": f"{interpreter.parent}:{os.environ['PATH']}", **environment}
+        command = ["sh", "scripts/run_tests_oldest.sh", "-k", "x"]
+        return subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+INSTALL = "[python][-m][pip][install][--disable-pip-version-check][-r][.venv-oldest/requirements.txt.new]"
+
+
+def test_the_oldest_packages_are_installed_once_and_again_when_a_requirement_changes(oldest, tmp_path):
+    tests = [f"[python]{line}" for line in (*EVERYTHING, "[-m][pytest][-q][-k][x]")]
+    assert oldest().stdout.splitlines() == ["new environment", INSTALL, *tests]
+    pins = requirements((tmp_path / ".venv-oldest/requirements.txt").read_text())
+    assert {"torch", "pytest"} <= {pin.name for pin in pins}
+    assert oldest(PYTHON="/nowhere/python", VIRTUAL_ENV="/nowhere").stdout.splitlines() == tests
+    (tmp_path / "requirements.txt").write_text("numpy>=2.0\n")
+    assert oldest().stdout.splitlines() == ["new environment", INSTALL, *tests]
+    assert "numpy==2.0\n" in (tmp_path / ".venv-oldest/requirements.txt").read_text()
+
+
+def test_an_installation_that_fails_is_an_error_and_is_tried_again(oldest):
+    for _ in range(2):
+        done = oldest(PIP_STATUS="1")
+        assert (done.returncode, done.stdout.splitlines()) == (1, ["new environment", INSTALL])
+        assert done.stderr == "error: pip could not install the lower bounds of requirements.txt\n"
+
+
 @pytest.mark.parametrize(
     ("machine", "system", "decoder"),
     [
@@ -144,8 +248,7 @@ def test_errors_of_the_processes_come_last_once_each(call, tmp_path):
     ],
 )
 def test_requirements_name_one_decord_for_every_machine(machine, system, decoder):
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    requirements = [Requirement(line) for line in lines if line]
     environment = {"platform_machine": machine, "sys_platform": system}
-    wanted = [r.name for r in requirements if r.marker is None or r.marker.evaluate(environment)]
+    given = requirements((ROOT / "requirements.txt").read_text())
+    wanted = [r.name for r in given if r.marker is None or r.marker.evaluate(environment)]
     assert [name for name in wanted if name.startswith("decord")] == [decoder]

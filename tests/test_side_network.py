@@ -5,10 +5,10 @@ from tiny import SIDE, B, make_inputs, make_side, relative
 
 from modules.side_network import SideNetwork, shift_class_token
 
-# Tensors whose true gradient is zero in training, because a norm takes away what they add. Slices are of S-wide thirds.
-KEYS = ("attn.qkv.bias", 1)  # shifts all scores of a query alike, in both modes
-ZERO_IN_TRAINING = {
-    # before stem_bn; a constant per channel that only bn_2 and post_bn see, after the last attention
+# (end of a name, third of the tensor or None for all of it) of tensors whose true gradient is zero.
+KEYS = ("attn.qkv.bias", 1)  # in both modes: it adds the same number to all attention scores of a query
+ZERO_IN_TRAINING = {  # a norm over the batch subtracts the constant that these add to a channel
+    # before stem_bn; after the last attention, where only bn_2 and post_bn follow
     "pre": [("stem.bias", None), ("LAST.mlp.fc2.bias", None), ("LAST.attn.proj.bias", None), ("LAST.attn.qkv.bias", 2)],
     # before stem_bn, bn_1 or bn_2
     "post": [(name, None) for name in ("stem.bias", "conv.1.bias", "conv.2.bias", "mlp.fc2.bias")],
@@ -25,7 +25,7 @@ def zero_part(name, grad, placement, side):
 
 
 def assert_gradients_equal(side, textbook, placement, tolerance):
-    """Relative to each tensor's largest gradient; absolutely, beside the largest of all, where the true one is zero."""
+    """Compare with each tensor's largest gradient, or with the largest of all tensors where the true one is zero."""
     theirs = dict(textbook.named_parameters())
     scale = max(p.grad.abs().max() for p in theirs.values())
     for name, parameter in side.named_parameters():
@@ -39,8 +39,7 @@ def assert_gradients_equal(side, textbook, placement, tolerance):
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_fast_equals_textbook_in_float64(placement, recompute):
-    side = make_side(placement, **SIDE)
-    side.recompute = recompute
+    side = make_side(placement, **SIDE, recompute=recompute)
     textbook = textbook_of(side, **SIDE, norm_placement=placement)
     clips, tokens = make_inputs(torch.float64, SIDE, (8, 12))
     weight = torch.randn(B, SIDE["side_width"], dtype=torch.float64)
@@ -70,7 +69,7 @@ def test_fast_equals_textbook_in_float32_at_the_size_of_vit_b_32():
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_a_frame_changes_only_frames_within_reach(placement):
-    """Each of the stem, the temporal convolution and the token shift reaches one frame to both sides, no further."""
+    """The stem, the temporal convolution and the token shift each reach one frame in both directions."""
     sizes = {**SIDE, "num_layers": 1}
     side = make_side(placement, **sizes).eval()
     clips, tokens = make_inputs(torch.float64, sizes, (8, 12), batch=1, frames=9)
@@ -95,10 +94,10 @@ def test_class_token_shift_by_hand():
     assert shift_class_token(c).tolist() == expected
 
 
-def test_one_frame_is_enough():
+def test_a_clip_of_one_frame_gives_the_textbooks_features():
     side = make_side("pre", **SIDE)
     clips, tokens = make_inputs(torch.float64, SIDE, (8, 12), frames=1)
-    assert side(clips, tokens).shape == (B, SIDE["side_width"])
+    assert relative(side(clips, tokens), textbook_of(side, **SIDE)(clips, tokens)) < 1e-9
 
 
 @pytest.mark.parametrize("width", [0, 63, 96])

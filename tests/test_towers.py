@@ -1,4 +1,4 @@
-"""Towers beyond OpenAI's: tokens equal timm's, EVA's files and released checkpoints, which blocks are read."""
+"""EVA towers and other timm models: their tokens, files and released checkpoints, and the blocks that are read."""
 
 import logging
 from pathlib import Path
@@ -12,10 +12,10 @@ from engine.configuration import default_config, read_config
 from engine.summary import describe_model
 from modules import build_model, pretrained
 from modules.backbones import FrozenTower, choose_layers, find_architecture
-from modules.checkpoint import load_weights, save_official
+from modules.checkpoint import load_weights, save_released
 from modules.hashing import hash_tensors
 from modules.pretrained import load_tower_weights
-from modules.released import from_official, to_official
+from modules.released import from_released, to_released
 from modules.side4video import Side4Video
 from tools import list_architectures
 from utils.errors import CheckpointError, ConfigError
@@ -46,7 +46,7 @@ def tower_config(arch, size, kwargs=None, **network):
 
 
 def eva_model(arch="EVA02-CLIP-L-14", seed=0, **network):
-    """A tiny model whose tower has no tensor that is all zeros or ones."""
+    """A tiny model in which no tensor is all zeros or all ones."""
     torch.manual_seed(seed)
     model = build_model(tower_config(arch, 28, **network))
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def eva_model(arch="EVA02-CLIP-L-14", seed=0, **network):
 
 
 def eva_clip_name(name):
-    """EVA-CLIP's name of a tensor of a timm tower, written from its checkpoints apart from modules/released.py."""
+    """EVA-CLIP's name of a tensor of a timm tower, independent of modules/released.py."""
     swaps = [("attn.q_proj.bias", "attn.q_bias"), ("attn.v_proj.bias", "attn.v_bias")]
     swaps += [("attn.norm.", "attn.inner_attn_ln."), ("mlp.norm.", "mlp.ffn_ln.")]
     if "fc1_g" in name or "fc1_x" in name:
@@ -66,7 +66,7 @@ def eva_clip_name(name):
 
 
 def eva_file(tower):
-    """What BAAI publishes: tower, final norm, projection, rope tables, text tower."""
+    """A file as BAAI publishes it: tower, final norm, projection, rope tables, text tower."""
     names = tower.vit.state_dict()
     swiglu = "blocks.0.mlp.fc1_g.weight" in names
     state = {eva_clip_name(name): tensor for name, tensor in names.items()}
@@ -85,7 +85,7 @@ def clips_of(size, frames=3):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_tokens_equal_those_of_timm_before_its_norm(name):
-    """After every block those of forward_intermediates; after the last, what forward_features gives to its norm."""
+    """After each block those of forward_intermediates; after the last block also the input of the final norm."""
     size, mean = TOWERS[name]
     torch.manual_seed(0)
     tower, clips = FrozenTower(name, size, TINY), clips_of(size)
@@ -230,7 +230,7 @@ side_blocks.K.mlp.0.weight side_blocks.K.mlp.0.bias side_blocks.K.mlp.2.weight s
 @pytest.mark.parametrize("arch, rope", EVA.items())
 def test_released_names_of_the_post_variant(arch, rope):
     model = eva_model(arch)
-    state = to_official(model)
+    state = to_released(model)
     side = set(SIDE_NAMES.split()) | {name.replace("K", str(k)) for k in (0, 1) for name in SIDE_LAYER_NAMES.split()}
     assert {name.removeprefix("visual.") for name in state if "side_" in name} == side
     tables = {name for name in state if "rope" in name}
@@ -244,7 +244,7 @@ def test_released_names_of_the_post_variant(arch, rope):
 @pytest.mark.parametrize("arch", EVA)
 def test_a_released_post_checkpoint_gives_the_same_logits_to_the_bit(tmp_path, arch):
     model, other = eva_model(arch, 0).eval(), eva_model(arch, 1).eval()
-    save_official(tmp_path / "m.pt", model)
+    save_released(tmp_path / "m.pt", model)
     released = torch.load(tmp_path / "m.pt", weights_only=True)
     state = released["model_state_dict"]
     state |= {"visual.norm.weight": torch.ones(64), "visual.norm.bias": torch.ones(64)}
@@ -253,16 +253,16 @@ def test_a_released_post_checkpoint_gives_the_same_logits_to_the_bit(tmp_path, a
     torch.save(released, tmp_path / "released.pt")
     load_weights(other, tmp_path / "released.pt")
     assert other(clips_of(28)).equal(model(clips_of(28)))
-    again = to_official(other)
-    assert all(again[name].equal(tensor) for name, tensor in to_official(model).items())
+    again = to_released(other)
+    assert all(again[name].equal(tensor) for name, tensor in to_released(model).items())
 
 
 def test_released_names_that_are_missing_or_unknown_are_refused():
     model = eva_model()
-    state = to_official(model)
+    state = to_released(model)
     state["visual.extra"] = state.pop("visual.blocks.2.mlp.w3.bias")
     with pytest.raises(CheckpointError, match="1 missing: visual.blocks.2.mlp.w3.bias; 1 unknown: visual.extra"):
-        from_official(model, state, "m.pt")
+        from_released(model, state, "m.pt")
 
 
 def test_the_programs_take_a_released_post_checkpoint(config, tmp_path):
@@ -271,7 +271,7 @@ def test_the_programs_take_a_released_post_checkpoint(config, tmp_path):
     train_run(config, tmp_path / "run", *tiny)
     model = build_model(read_config(config, tiny))
     load_weights(model, tmp_path / "run" / "last_model.pt")
-    save_official(tmp_path / "released.pt", model)
+    save_released(tmp_path / "released.pt", model)
     paths = (tmp_path / "run" / "last_model.pt", tmp_path / "released.pt")
     scores = [score_run(config, path, tmp_path / "s.npz", *tiny)["scores"] for path in paths]
     assert (scores[0] == scores[1]).all()
@@ -281,9 +281,9 @@ def test_the_programs_take_a_released_post_checkpoint(config, tmp_path):
 
 @pytest.mark.parametrize("size, grid", [(224, 16), (336, 24)])
 def test_rebuilt_rope_tables_are_those_of_eva_clip(size, grid):
-    """Angles t * 10000^(-2i/d) for rows then columns, each twice, with t stretched to the 16 patches of training."""
+    """Angles t * 10000^(-2i/d) for rows, then columns, each twice; t is scaled to the 16 patches of training."""
     config = tower_config("EVA02-CLIP-L-14", size, {"embed_dim": 128, "depth": 2})
-    state, half = to_official(build_model(config)), 32
+    state, half = to_released(build_model(config)), 32
     t = torch.arange(grid).double() / grid * 16
     angles = t[:, None] * 10000 ** -(torch.arange(0, half, 2).double() / half)
     angles = angles.repeat_interleave(2, dim=1)

@@ -1,3 +1,5 @@
+"""Transforms against Pillow and the plain pipeline: sizes, crops, pixels, flips and their labels, normalisation."""
+
 import math
 
 import numpy as np
@@ -7,18 +9,10 @@ from PIL import Image
 from tiny import eval_transform, make_frames, pillow_resize, plain_clip, train_clip, train_transform
 
 from benchmarks import plain_pipeline
+from benchmarks.plain_pipeline import CLIP_MEAN, CLIP_STD
 from datasets.flips import flip_pairs
 from datasets.resample import Resample, bicubic, resized_twice
-from datasets.transforms import (
-    CLIP_MEAN,
-    CLIP_STD,
-    crop_corners,
-    draw_box,
-    draw_crop,
-    normalize_clips,
-    protocol_resize,
-    resize_size,
-)
+from datasets.transforms import crop_corners, draw_box, draw_crop, normalize_clips, protocol_resize, resize_size
 from utils.errors import ConfigError
 
 
@@ -68,7 +62,7 @@ def test_a_resize_that_is_given_replaces_that_of_the_protocol_in_training_and_ev
     clip, _ = train_clip(train_transform(protocol, 16, None, resize=resize), frames, 0, rng(5))
     height_and_width = list(reversed(expected))
     same, _ = train_clip(train_transform(protocol, 16, None, resize=height_and_width), [resized], 0, rng(5))
-    assert (clip.int() - same.int()).abs().max() <= 2  # rounded once and not twice
+    assert (clip.int() - same.int()).abs().max() <= 2  # one resize rounds once, two round twice
 
 
 @pytest.mark.parametrize(
@@ -87,7 +81,7 @@ def test_corners_of_the_test_crops(size, num_crops, expected):
     assert crop_corners(*size, 224, num_crops) == expected
 
 
-def test_another_number_of_crops_is_refused():
+def test_another_number_of_crops_is_an_error():
     with pytest.raises(ValueError, match="1, 3, 5 or 10, got 2"):
         crop_corners(340, 256, 224, 2)
 
@@ -95,7 +89,7 @@ def test_another_number_of_crops_is_refused():
 @pytest.mark.parametrize("frame_size", [(340, 256), (53, 38), (38, 53), (320, 240)])
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
 @pytest.mark.parametrize("num_crops", [1, 3, 5, 10])
-def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops, frame_size):
+def test_evaluation_pixels_equal_those_of_pillow_for_every_frame(protocol, num_crops, frame_size):
     frames = make_frames(3, frame_size)
     views = eval_transform(protocol, 224, num_crops)(frames)
     assert views.shape == (num_crops, 3, 3, 224, 224)
@@ -113,7 +107,7 @@ def test_evaluation_pixels_equal_pillow_on_every_frame_alone(protocol, num_crops
 
 
 @pytest.mark.parametrize("num_crops", [1, 3, 10])
-def test_places_say_which_frame_is_where(num_crops):
+def test_places_give_the_frame_at_each_time(num_crops):
     frames, places = make_frames(3), np.array([2, 0, 0, 1, 2])
     transform = eval_transform("kinetics", 32, num_crops)
     assert torch.equal(transform(frames, places), transform(frames)[:, torch.from_numpy(places)])
@@ -124,12 +118,12 @@ def test_evaluation_views_equal_those_of_the_plain_pipeline(protocol):
     frames = make_frames(4, (100, 70))
     plain = plain_pipeline.eval_views([Image.fromarray(frame) for frame in frames], 2, 3, protocol, 64)
     views = eval_transform(protocol, 64, 3)(frames).unflatten(1, (2, 2)).flatten(0, 1)
-    assert torch.equal(normalize_clips(views), plain)
+    assert torch.equal(normalize_clips(views, CLIP_MEAN, CLIP_STD), plain)
 
 
 @pytest.mark.parametrize("protocol", ["kinetics", "something"])
 @pytest.mark.parametrize("frame_size", [(53, 38), (38, 53), (427, 240)])
-def test_training_pixels_and_labels_are_the_plain_pipelines_but_for_rounding(protocol, frame_size):
+def test_training_pixels_and_labels_are_those_of_the_plain_pipeline_up_to_rounding(protocol, frame_size):
     frames, size = make_frames(2, frame_size), 224 if frame_size[0] > 224 else 32
     transform = train_transform(protocol, size, {3: 4})
     labels, means = set(), []
@@ -142,10 +136,10 @@ def test_training_pixels_and_labels_are_the_plain_pipelines_but_for_rounding(pro
         labels.add(label)
         means.append(difference.mean())
     assert labels == {3, 4}
-    assert abs(np.mean(means)) < 0.1  # halves are rounded up: twice less often
+    assert abs(np.mean(means)) < 0.1  # the plain pipeline rounds halves up twice, ours once
 
 
-def test_training_pixels_are_pillows_where_the_resize_changes_no_size():
+def test_training_pixels_equal_those_of_pillow_if_the_resize_changes_no_size():
     frames, boxes_and_flips = make_frames(2, (44, 32)), set()
     for seed in range(40):
         clip, label = train_clip(train_transform("kinetics", 32, {}), frames, 3, rng(seed))
@@ -163,16 +157,7 @@ def test_training_pixels_are_pillows_where_the_resize_changes_no_size():
     assert len(boxes_and_flips) == 40
 
 
-@pytest.mark.parametrize("protocol", ["kinetics", "something"])
-def test_equal_frames_stay_equal_under_training_augmentation(protocol):
-    frames = make_frames(1) * 4
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        clip, _ = train_clip(train_transform(protocol, 32, {}), frames, 0, rng)
-        assert (clip == clip[:1]).all()
-
-
-def test_frames_of_another_size_follow_the_first_of_their_clip():
+def test_frames_of_another_size_are_resized_to_the_size_of_the_first():
     frames = make_frames(1, (60, 40)) + make_frames(1, (40, 60))
     together = eval_transform("kinetics", 32)(frames)[0]
     assert torch.equal(together[0], eval_transform("kinetics", 32)(frames[:1])[0, 0])
@@ -184,7 +169,7 @@ def test_frames_of_another_size_follow_the_first_of_their_clip():
     assert np.abs(clip.permute(0, 2, 3, 1).numpy() - expected).max() <= 3
 
 
-def test_boxes_keep_to_the_bounds_of_area_and_aspect_and_to_the_frame():
+def test_boxes_stay_within_the_bounds_of_area_and_aspect_and_within_the_frame():
     generator = rng()
     boxes = np.array([draw_box(340, 256, generator) for _ in range(4000)])
     assert (boxes[:, :2] >= 0).all()
@@ -195,10 +180,10 @@ def test_boxes_keep_to_the_bounds_of_area_and_aspect_and_to_the_frame():
     assert 0.85 < area.max() <= 1.0
     assert 0.74 < aspect.min() < 0.77
     assert 1.30 < aspect.max() < 1.35
-    # Aspect a uniform in 3/4..4/3 is above 1 with 4/7, and is turned into 1/a half the time: evenly wide and high,
-    # but large boxes that are high do not fit. Small ones are not affected.
+    # An aspect ratio a, uniform in 3/4..4/3, is above 1 with probability 4/7, and becomes 1/a half of the time. So wide
+    # and high boxes are equally likely, except that large high boxes do not fit into the frame.
     assert abs((aspect[area < 0.3] > 1).mean() - 0.5) < 0.06
-    # Both ends of the room a box has are reached.
+    # Boxes reach both edges of the frame.
     assert (boxes[:, 0] == 0).any()
     assert (boxes[:, 2] == 340).any()
 
@@ -209,7 +194,7 @@ def test_boxes_are_those_of_the_plain_pipeline():
         assert draw_box(width, height, ours) == plain_pipeline.draw_box(width, height, plain)
 
 
-def test_boxes_take_the_draws_in_the_order_area_aspect_swap_place():
+def test_boxes_draw_area_aspect_swap_and_place_in_this_order():
     for seed in range(50):
         box, generator = draw_box(44, 32, rng(seed)), rng(seed)
         while True:
@@ -224,7 +209,7 @@ def test_boxes_take_the_draws_in_the_order_area_aspect_swap_place():
 
 
 def test_without_a_box_that_fits_a_square_is_cropped_from_the_frame_resized_to_its_shorter_side():
-    # 1000 x 10 pixels: even 0.08 of the area is a box of 28 x 28.
+    # In 1000 x 10 pixels, 0.08 of the area is already a box of 28 x 28.
     assert draw_box(1000, 10, rng()) is None
     gradient = np.tile(np.linspace(0, 255, 1000).astype(np.uint8)[None, :, None], (10, 1, 3))
     resized = np.asarray(Image.fromarray(gradient).resize((800, 8), Image.Resampling.BILINEAR))
@@ -237,7 +222,7 @@ def test_without_a_box_that_fits_a_square_is_cropped_from_the_frame_resized_to_i
 
 
 def cropped(frame, tables):
-    """uint8 (S, S, 3)."""
+    """The crop, uint8 (H, W, 3)."""
     across, down = tables
     out = np.empty((3, len(down.first), len(across.first)), np.uint8)
     Resample(across, down)(frame, out)
@@ -297,9 +282,9 @@ def test_flip_pairs_from_names(protocol):
         "Left hand up",
         "Turning the camera RIGHT",
         "Right hand up",
-        "leftover food",  # not the word
+        "leftover food",  # only part of a word
         "rightover food",
-        "Looking left",  # its mirror is no class
+        "Looking left",  # "Looking right" is not a class
         "left and right and left",
         "move_left",
         "move_right",
@@ -309,7 +294,7 @@ def test_flip_pairs_from_names(protocol):
     assert flip_pairs(protocol, len(names), names) == expected
 
 
-def test_a_name_that_is_its_own_mirror_is_no_pair():
+def test_a_name_without_a_mirrored_class_is_no_pair():
     assert flip_pairs("something", 2, ["left", "up"]) == {}
 
 

@@ -1,3 +1,5 @@
+"""Frame folders and data sets: decoded pixels, the memory of frames, samples of training and evaluation."""
+
 import io
 import os
 import struct
@@ -6,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import eval_transform, random_frame, train_transform
+from tiny import eval_transform, random_frame, train_clip, train_transform
 
 from datasets.annotations import VideoRecord, read_annotations
-from datasets.readers import FrameFolderReader, FrameMemory, Video, decode_image
+from datasets.readers import FrameBuffers, FrameFolderReader, OpenedVideo, decode_image
 from datasets.sampling import sample_test
 from datasets.transforms import TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
-from utils.errors import ConfigError, DataError
+from utils.errors import DataError
+from utils.seeding import sample_rng
 
 
 def make_dataset(cls, paths, transform, protocol="kinetics", **options):
@@ -38,18 +41,29 @@ def eval_dataset(paths, num_crops=1, **options):
 
 
 class CountingReader(FrameFolderReader):
-    """Remembers the indices it was asked for."""
+    """Records the indices that are read, and how many videos are open."""
 
     def __init__(self, root, image_tmpl="img_{:05d}.jpg"):
         super().__init__(root, image_tmpl)
         self.asked = []
+        self.opened = 0
 
     def open(self, record):
         video = super().open(record)
-        return Video(video.num_frames, lambda indices: self.asked.append(list(indices)) or video.read(indices))
+        self.opened += 1
+
+        def read(indices):
+            self.asked.append(list(indices))
+            return video.read(indices)
+
+        def close():
+            self.opened -= 1
+            video.close()
+
+        return OpenedVideo(video.num_frames, read, close)
 
 
-# Reader
+# Pixels of frame files
 
 
 def test_index_zero_is_the_file_with_number_one(make_frame_folders):
@@ -63,7 +77,7 @@ def test_index_zero_is_the_file_with_number_one(make_frame_folders):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB", "I;16"])
-def test_frames_of_any_mode_become_rgb_as_pillow_converts_them(tmp_path, mode):
+def test_frames_of_any_mode_are_converted_to_rgb_as_by_pillow(tmp_path, mode):
     image = random_frame((1,), (21, 17)).convert(mode if mode != "I;16" else "I").convert(mode)
     image.save(tmp_path / "img_00001.png")
     (frame,) = FrameFolderReader(str(tmp_path), "img_{:05d}.png").open(VideoRecord("", 1, 0, "list.txt:1")).read([0])
@@ -92,13 +106,13 @@ def test_every_kind_of_jpeg_gives_the_pixels_of_pillow(kind, mode, size):
     options = {name: value for name, value in KINDS_OF_JPEG[kind].items() if mode == "RGB" or name != "keep_rgb"}
     random_frame((1,), size).convert(mode).save(file, "jpeg", **options)
     for data in (file.getvalue(), file.getvalue() + b"more"):
-        frame = decode_image(data)
+        frame = decode_image(data, FrameBuffers([]))
         assert frame.flags.c_contiguous and frame.dtype == np.uint8
         with Image.open(io.BytesIO(data)) as image:
             assert np.array_equal(frame, np.asarray(image.convert("RGB")))
 
 
-def test_a_damaged_jpeg_is_what_pillow_takes_it_for():
+def test_a_damaged_jpeg_gives_the_pixels_or_the_error_of_pillow():
     file = io.BytesIO()
     random_frame((1,), (53, 38)).save(file, "jpeg")
     whole, rng, errors = file.getvalue(), np.random.default_rng(0), 0
@@ -113,53 +127,95 @@ def test_a_damaged_jpeg_is_what_pillow_takes_it_for():
         except Exception:
             errors += 1
             with pytest.raises((OSError, SyntaxError, ValueError, EOFError, struct.error)):
-                decode_image(data)
+                decode_image(data, FrameBuffers([]))
         else:
-            assert np.array_equal(decode_image(data), expected)
+            assert np.array_equal(decode_image(data, FrameBuffers([])), expected)
     assert 20 < errors < len(damaged)
 
 
-def test_frames_keep_their_pixels_while_somebody_holds_them():
-    files = []
-    for number, size in enumerate([(30, 20), (30, 20), (40, 30), (8, 8), (30, 20)]):
-        random_frame((number,), size).save(file := io.BytesIO(), "jpeg")
-        files.append(file.getvalue())
-    held = [decode_image(data) for data in files]
-    copies = [frame.copy() for frame in held]
-    views = [frame[1:, 2:] for frame in held]
-    tensors = [torch.from_numpy(frame) for frame in held]
-    del held
-    for data in files * 3:
-        decode_image(data)
-    for copy, view, tensor in zip(copies, views, tensors, strict=True):
-        assert np.array_equal(view, copy[1:, 2:]) and np.array_equal(tensor.numpy(), copy)
+# Memory of frames
+
+
+def test_frames_keep_their_pixels_until_their_video_is_closed(make_frame_folders):
+    root, list_path = make_frame_folders([5] * 4)
+    reader, (first, second, *others) = FrameFolderReader(root, "img_{:05d}.jpg"), read_annotations(list_path, 4)
+    with reader.open(first) as opened, reader.open(second) as never_closed:
+        held = [*opened.read(range(5)), *never_closed.read(range(5))]
+        copies = [frame.copy() for frame in held]
+        views = [frame[1:, 2:] for frame in held]
+        tensors = [torch.from_numpy(frame) for frame in held]
+        del held
+        for record in others * 3:
+            with reader.open(record) as video:
+                video.read(range(5))
+        for copy, view, tensor in zip(copies, views, tensors, strict=True):
+            assert np.array_equal(view, copy[1:, 2:]) and np.array_equal(tensor.numpy(), copy)
+
+
+def test_videos_that_are_open_at_once_never_share_memory_and_closed_ones_give_theirs_to_the_next(make_frame_folders):
+    root, list_path = make_frame_folders([3] * 3)
+    reader, records = FrameFolderReader(root, "img_{:05d}.jpg"), read_annotations(list_path, 4)
+    first, second, third = (reader.open(record) for record in records)
+    frames, others = first.read(range(3)), second.read(range(3))
+    both = frames + others
+    for number, frame in enumerate(both):
+        assert not any(np.may_share_memory(frame, other) for other in both[number + 1 :])
+    addresses, pixels = {frame.ctypes.data for frame in frames}, [frame.copy() for frame in others]
+    first.close()
+    first.close()  # must not give the memory back a second time
+    again, more = third.read(range(3)), reader.open(records[0]).read(range(3))
+    assert {frame.ctypes.data for frame in again} == addresses
+    assert not any(np.may_share_memory(frame, other) for frame in more for other in again + others)
+    assert all(np.array_equal(frame, kept) for frame, kept in zip(others, pixels, strict=True))
+
+
+def test_a_video_that_is_never_closed_keeps_its_frames(make_frame_folders):
+    root, list_path = make_frame_folders([3] * 2)
+    reader, (first, second) = FrameFolderReader(root, "img_{:05d}.jpg"), read_annotations(list_path, 4)
+    frames = reader.open(first).read(range(3))
+    copies = [frame.copy() for frame in frames]
+    for _ in range(3):
+        with reader.open(second) as video:
+            video.read(range(3))
+    assert np.array_equal(frames, copies)
 
 
 def test_memory_is_used_again_and_does_not_pile_up():
-    memory = FrameMemory()
-    first = memory.take(100)
-    address = first.ctypes.data
-    second = memory.take(100)
-    assert second.ctypes.data != address
-    del first
-    third = memory.take(60)
-    assert third.ctypes.data == address
+    free = []
+    first, second = FrameBuffers(free), FrameBuffers(free)
+    address = first.take(100).ctypes.data
+    assert second.take(100).ctypes.data != address
+    first.release()
+    assert second.take(60).ctypes.data == address
+    second.release()
     for size in range(100, 2000, 10):
-        memory.take(size)
-    assert len(memory._blocks) <= 3
+        block = first.take(size)
+        assert block.dtype == np.uint8 and block.ndim == 1 and len(block) >= size
+        first.release()
+    assert len(free) <= 3
 
 
-@pytest.mark.parametrize(
-    "image_tmpl", ["img.jpg", "img_{:05x5}.jpg", "img_{number}.jpg", "img_{", "{}_{}.jpg", "{:s}.jpg"]
-)
-def test_a_template_that_does_not_take_a_number_is_an_error_of_its_key(image_tmpl):
-    with pytest.raises(ConfigError, match="data.image_tmpl: ") as caught:
-        FrameFolderReader("root", image_tmpl)
-    assert repr(image_tmpl) in caught.value.line
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("part", ["training", "evaluation"])
+def test_data_sets_close_a_video_after_its_clip_and_after_an_error(make_frame_folders, part, broken):
+    paths = make_frame_folders([5])
+    dataset, key = (train_dataset(paths), (0, 0)) if part == "training" else (eval_dataset(paths), 0)
+    dataset.reader = CountingReader(paths[0])
+    if broken:
+        for number in range(1, 6):
+            break_empty(os.path.join(paths[0], "video 0", f"img_{number:05d}.jpg"))
+        with pytest.raises(DataError):
+            dataset[key]
+    else:
+        dataset[key]
+    assert dataset.reader.asked and dataset.reader.opened == 0
+
+
+# Names and damage of frame files
 
 
 @pytest.mark.parametrize("image_tmpl", ["img_{:05d}.jpg", "jpg/f.{}+", "{0:03d}_{0}.jpg"])
-def test_frames_are_counted_by_the_form_of_their_names(tmp_path, image_tmpl):
+def test_the_files_that_are_named_like_the_template_are_counted(tmp_path, image_tmpl):
     folder, name = (tmp_path / "clip" / image_tmpl).parent, os.path.basename(image_tmpl)
     folder.mkdir(parents=True)
     for number in range(1, 13):
@@ -249,7 +305,7 @@ def test_a_training_sample_does_not_touch_the_global_generators(make_frame_folde
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
-def test_a_training_sample_has_a_clip_and_a_label_per_repeat(make_frame_folders):
+def test_every_repeat_of_a_training_sample_is_augmented_by_its_own_generator(make_frame_folders):
     dataset = train_dataset(make_frame_folders([30, 30, 30]), num_sample=2)
     sample = dataset[0, 2]
     assert sample["clips"].shape == (2, 4, 3, 32, 32)
@@ -258,9 +314,14 @@ def test_a_training_sample_has_a_clip_and_a_label_per_repeat(make_frame_folders)
     assert sample["labels"].tolist() == [2, 2]
     assert sample["labels"].dtype == sample["indices"].dtype == torch.int64
     assert sample["indices"].tolist() == [2]
+    frames = dataset.reader.open(dataset.records[2]).read(range(30))
+    frames = [frames[index] for index in dataset.sample(30, 0, 2)]
+    for repeat, clip in enumerate(sample["clips"]):
+        expected, _ = train_clip(dataset.transform, frames, 2, sample_rng(3, 0, 2, repeat))
+        assert torch.equal(clip, expected)
 
 
-def test_repeats_share_their_frames_and_not_their_augmentation(make_frame_folders, monkeypatch):
+def test_repeats_share_their_frames_but_not_their_augmentation(make_frame_folders, monkeypatch):
     paths = make_frame_folders([30])
     one, two = train_dataset(paths), train_dataset(paths, num_sample=2)
     two.reader = CountingReader(paths[0])

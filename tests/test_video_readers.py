@@ -1,4 +1,4 @@
-"""Video files: every decoder gives the frame that an index names, in every kind of file, or says that it cannot."""
+"""Video files: in every kind of file, a decoder returns exactly the frames of the given indices or raises."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import train as train_program
 from datasets import decoders
 from datasets.annotations import VideoRecord
 from datasets.bitstreams import Picture
-from datasets.decoders import PyAVVideo, presentation, read_packet_table
+from datasets.decoders import PyAVDecoder, presentation, read_packet_table
 from datasets.readers import VideoFileReader
 from utils.errors import ConfigError, DataError
 
@@ -32,7 +32,7 @@ DECODERS = ["decord", "pyav"]
 VP9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "6"}}
 HIDDEN = {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "20"}
 
-# Name of the file -> how it is written: codec, distance of key frames, B-frames in a row, times in milliseconds.
+# File name -> arguments of `write_packets`: codec, distance of key frames, B-frames in a row, times in milliseconds.
 KINDS = {
     "constant rate.mp4": {},
     "B-frames.mp4": {"b_frames": 3},
@@ -44,12 +44,12 @@ KINDS = {
     "first timestamp, B-frames.mp4": {"times": LATE, "b_frames": 3},
     "first timestamp, B-frames.mkv": {"times": LATE, "b_frames": 3},
     "variable rate, B-frames.flv": {"times": TICKS, "b_frames": 3},
-    # Key frames are not where their place in the file says: seeking fails.
+    # Frames before a key frame in presentation follow it in the file, so seeking fails.
     "open groups.mp4": {"b_frames": 3, "options": OPEN_GROUPS},
     "open groups.mkv": {"b_frames": 3, "options": OPEN_GROUPS},
     "MPEG-4, B-frames.mp4": {"codec": "mpeg4", "b_frames": 2},
     "MPEG-4, B-frames.avi": {"codec": "mpeg4", "b_frames": 2},
-    # No timestamps.
+    # Files without time stamps.
     "H.264.avi": {},
     "H.264, B-frames.avi": {"b_frames": 3},
     "variable rate.webm": {**VP9, "times": TICKS},
@@ -61,8 +61,8 @@ KINDS = {
     "H.264 4:4:4, odd size.mp4": {"b_frames": 3, "more": 1, "pixel_format": "yuv444p"},
     "10 bits.mp4": {"b_frames": 3, "pixel_format": "yuv420p10le"},
 }
-# Of these, the packets tell all frames, so that PyAV decodes only what it needs.
-TOLD = {
+# Kinds whose packet headers describe all frames, so that PyAV decodes only the packets it needs.
+WITH_TABLE = {
     kind
     for kind, how in KINDS.items()
     if how.get("codec", "libx264") in ("libx264", "libvpx-vp9") and not kind.endswith((".avi", ".flv"))
@@ -105,12 +105,12 @@ def clips(tmp_path_factory):
     return clip
 
 
-# Index is frame
+# Frames at their indices
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_index_names_its_frame(clips, kind, decoder):
+def test_every_index_gives_its_frame(clips, kind, decoder):
     path = clips(kind)
     assert numbers(path, decoder) == list(range(FRAMES))
     rng = np.random.default_rng(1)
@@ -119,9 +119,9 @@ def test_an_index_names_its_frame(clips, kind, decoder):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("first", [10, 150])  # decord has 128 marks for the end of the file
+@pytest.mark.parametrize("first", [10, 150])  # decord has 128 end marks behind the last frame
 def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path, decoder, first):
-    """As `ffmpeg -ss ... -c copy` leaves them: all packets since the last key frame, and times below 0 for some."""
+    """A file as `ffmpeg -ss ... -c copy` writes it: all packets since the last key frame, some with times below 0."""
     path, times = tmp_path / "cut.mp4", [40 * (index - first) for index in range(200)]
     options = {"options": {"sc_threshold": "0"}, "container_options": {"avoid_negative_ts": "disabled"}}
     write_packets(path, frames=200, keys=1000, b_frames=2, times=times, **options)
@@ -147,18 +147,18 @@ def test_the_frames_of_a_transport_stream_are_right_or_refused(tmp_path):
     assert line.endswith("data.decoder=pyav may read it")
 
 
-# What PyAV skips
+# Packets that PyAV skips
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packets_are_trusted_in_the_kinds_that_are_said_to_be(clips, kind):
+def test_the_kinds_with_a_packet_table_are_those_listed(clips, kind):
     table = read_packet_table(str(clips(kind)))
-    assert (table is not None) == (kind in TOLD)
+    assert (table is not None) == (kind in WITH_TABLE)
     if table is not None:
         assert len(table.shown) == FRAMES
 
 
-# Options of x264 -> the most that is decoded, as a share of what a decoder without skipping has to go through.
+# Options of x264 -> upper bound of the decoded packets, as a fraction of those up to the last wanted frame.
 X264 = {
     "b-pyramid=none:bframes=3:b-adapt=0:keyint=20": 0.5,
     "b-pyramid=strict:bframes=8:b-adapt=0:ref=8:keyint=1000": 0.6,
@@ -172,11 +172,11 @@ X264 = {
 
 
 @pytest.mark.parametrize(("options", "share"), X264.items())
-def test_what_is_not_decoded_changes_no_pixel(tmp_path, options, share):
+def test_skipping_packets_changes_no_pixel(tmp_path, options, share):
     path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
     write_packets(path, frames=scene(FRAMES), options={"x264-params": options})
     convert = decoders._Converter()
-    whole = [convert(frame) for frame in PyAVVideo(str(path))._decode()]
+    whole = [convert(frame) for frame in PyAVDecoder(str(path))._decode()]
     shares = []
     for count in (1, 1, 2, 4, 8, 8):
         indices = sorted(int(index) for index in rng.choice(FRAMES, count, replace=False))
@@ -186,8 +186,8 @@ def test_what_is_not_decoded_changes_no_pixel(tmp_path, options, share):
     assert np.mean(shares) < share
 
 
-def test_a_seek_to_what_needs_parameters_from_before_is_not_made(tmp_path):
-    """Two encoders' packets in one stream, each with its own parameter sets, which come once."""
+def test_decoding_starts_at_the_first_packet_if_later_ones_need_its_parameter_sets(tmp_path):
+    """One stream has the packets of two encoders, and the parameter sets of each encoder come only once."""
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"qp": "20"})
@@ -224,7 +224,7 @@ def test_a_seek_to_what_needs_parameters_from_before_is_not_made(tmp_path):
 KEY = Picture(entry=True, reference=True)
 P = Picture(entry=False, reference=True)
 B = Picture(entry=False, reference=False, reordered=True)
-R = Picture(entry=False, reference=True, reordered=True)  # a B-frame that others refer to
+R = Picture(entry=False, reference=True, reordered=True)  # a B-frame that other pictures refer to
 SETS = Picture(True, True, False, b"one")
 
 
@@ -242,17 +242,17 @@ SETS = Picture(True, True, False, b"one")
         ([0, 40, 40], [KEY, P, P], None),
         ([0, 80, 40], [KEY, P, P], None),
         ([0, 40, 80], [KEY, P, B], None),
-        ([0, 120, 80, 40, 160], [KEY, P, KEY, B, P], None),  # shown before the entry it comes after
-        ([0, 160, 80, 120, 200], [KEY, P, KEY, P, B], None),  # shown after the entry it comes before
+        ([0, 120, 80, 40, 160], [KEY, P, KEY, B, P], None),  # frame 1, before entry 2, is shown after it
+        ([0, 160, 80, 120, 200], [KEY, P, KEY, P, B], None),  # likewise, with no frame shown before its entry
         ([0, 40], [KEY, Picture(False, True, False, b"one")], None),
     ],
 )
-def test_the_order_of_packets_follows_from_times_that_fit_their_headers(times, pictures, expected):
+def test_the_order_of_presentation_follows_from_times_that_agree_with_the_headers(times, pictures, expected):
     assert presentation(times, pictures) == expected
 
 
 def without_reordering(sets):
-    """The parameter sets of an mp4 file, whose first one no longer says how far frames are reordered."""
+    """Remove from the first of the parameter sets of an mp4 file how far frames are reordered."""
     start = sets.index(b"\x67")
     size = int.from_bytes(sets[start - 2 : start], "big")
     unit = sets[start : start + size].replace(b"\0\0\3", b"\0\0")
@@ -275,7 +275,7 @@ def without_reordering(sets):
     return sets[: start - 2] + len(unit).to_bytes(2, "big") + unit + sets[start + size :]
 
 
-def test_frames_are_in_order_where_the_stream_does_not_say_how_far_it_reorders(clips, tmp_path):
+def test_frames_are_in_order_if_the_stream_does_not_say_how_far_it_reorders(clips, tmp_path):
     path = tmp_path / "clip.mkv"
     with av.open(str(clips("B-frames.mp4"))) as source, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
@@ -289,7 +289,7 @@ def test_frames_are_in_order_where_the_stream_does_not_say_how_far_it_reorders(c
         assert [number_of(frame) for frame in frames] == list(indices)
 
 
-def test_times_that_contradict_the_order_of_decoding_are_not_trusted(tmp_path):
+def test_times_that_contradict_the_order_of_decoding_give_no_table(tmp_path):
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"x264-params": "bframes=3:b-adapt=0:keyint=1000"})
@@ -303,17 +303,17 @@ def test_times_that_contradict_the_order_of_decoding_are_not_trusted(tmp_path):
     assert numbers(path, "pyav") == list(range(FRAMES))
 
 
-def test_what_the_decoder_gives_is_checked_against_the_packets(clips):
-    """Two packets change their times behind the table's back: another order comes out than it tells."""
-    video = PyAVVideo(str(clips("B-frames.mp4")))
+def test_the_times_of_decoded_frames_are_checked_against_the_table(clips):
+    """The times of two packets are exchanged after the table was made, so the decoder returns another order."""
+    video = PyAVDecoder(str(clips("B-frames.mp4")))
     first, second = (video._table.packets[video._table.shown[index]] for index in (5, 6))
     first.pts, second.pts = second.pts, first.pts
     assert video._table.read([5, 6]) is None
     assert [number_of(frame) for frame in video.read([5, 6])] == [5, 6]
 
 
-def test_packets_that_bring_other_parameter_sets_beside_them_are_not_trusted(clips, monkeypatch):
-    """As the demuxer gives them of an mp4 file that was put together from two."""
+def test_packets_with_new_parameter_sets_as_side_data_give_no_table(clips, monkeypatch):
+    """The demuxer returns such packets for an mp4 file that was joined from two."""
 
     class Container:
         def __init__(self, path, **options):
@@ -340,16 +340,16 @@ def test_packets_that_bring_other_parameter_sets_beside_them_are_not_trusted(cli
 
 
 @pytest.mark.parametrize("kind", ["B-frames.mp4", "VP9, a single key.webm", "10 bits.mp4"])
-def test_packets_that_do_not_tell_the_frames_are_decoded_whole(clips, monkeypatch, kind):
+def test_a_file_without_a_packet_table_is_decoded_completely(clips, monkeypatch, kind):
     monkeypatch.setattr(decoders, "read_packet_table", lambda path: None)
     for held in (decoders.MOST_HELD, 0):
         monkeypatch.setattr(decoders, "MOST_HELD", held)
-        assert PyAVVideo(str(clips(kind))).decodes_twice == (held == 0)
+        assert PyAVDecoder(str(clips(kind))).decodes_twice == (held == 0)
         assert numbers(clips(kind), "pyav") == list(range(FRAMES))
         assert numbers(clips(kind), "pyav", [3, 44]) == [3, 44]
 
 
-def test_auto_is_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path, monkeypatch):
+def test_auto_uses_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path, monkeypatch):
     taken = []
     write_packets(tmp_path / "clip.ts", b_frames=3)
     for name, library in decoders.DECODERS.items():
@@ -380,18 +380,18 @@ def test_auto_is_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_path,
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("kind", ["first timestamp, B-frames.mkv", "variable rate.webm", "MPEG-4, B-frames.avi"])
 @pytest.mark.parametrize("part", [0.6, 0.9])
-def test_a_truncated_file_has_the_frames_that_are_left(clips, tmp_path, kind, part, decoder):
+def test_a_truncated_file_has_the_remaining_frames(clips, tmp_path, kind, part, decoder):
     data = clips(kind).read_bytes()
     path = tmp_path / kind
     path.write_bytes(data[: int(len(data) * part)])
     found = numbers(path, decoder)
-    whole = len(found) - 3  # B-frames of the last ones may be lost
+    whole = len(found) - 3  # B-frames near the end may be lost
     assert found[:whole] == list(range(whole)) and found == sorted(set(found)) and whole > 5
     assert numbers(path, decoder, [len(found) - 1]) == found[-1:]
     assert found == numbers(path, "pyav")
 
 
-def test_an_mp4_that_ends_inside_a_frame_is_read_by_pyav_and_refused_by_decord(tmp_path):
+def test_an_mp4_that_ends_inside_a_frame_is_read_by_pyav_and_raises_with_decord(tmp_path):
     whole, path = tmp_path / "whole.mp4", tmp_path / "cut.mp4"
     write_packets(whole, container_options={"movflags": "faststart"})
     with av.open(str(whole)) as container:
@@ -404,12 +404,12 @@ def test_an_mp4_that_ends_inside_a_frame_is_read_by_pyav_and_refused_by_decord(t
     assert numbers(path, "pyav") == numbers(path, "decord") == list(range(30))
 
 
-def test_a_frame_that_cannot_be_decoded_is_an_error_where_the_packets_promised_it(clips, tmp_path):
+def test_a_frame_that_cannot_be_decoded_is_an_error_if_the_packet_table_counts_it(clips, tmp_path):
     path = tmp_path / "clip.mp4"
     data = bytearray(clips("a single key.mp4").read_bytes())
     with av.open(str(clips("a single key.mp4"))) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][20]
-    data[packet.pos + 5 : packet.pos + 7] = b"\x82\0"  # the first macroblock, and a type of slice that does not exist
+    data[packet.pos + 5 : packet.pos + 7] = b"\x82\0"  # first_mb_in_slice 0, and a slice_type that does not exist
     path.write_bytes(data)
     assert open_video(path, "pyav").num_frames == FRAMES
     assert numbers(path, "pyav", [3, 10]) == [3, 10] and numbers(path, "pyav", [3, 40]) == [3, 40]
@@ -419,8 +419,8 @@ def test_a_frame_that_cannot_be_decoded_is_an_error_where_the_packets_promised_i
         numbers(path, "pyav", [3, 30])
 
 
-@pytest.mark.parametrize("empty", [5, 200])  # decord has 128 marks for the end of the file, and waits for more in vain
-def test_packets_without_a_picture_are_an_error_with_decord_which_counts_them(tmp_path, empty):
+@pytest.mark.parametrize("empty", [5, 200])  # decord has 128 end marks, and would wait forever after the last one
+def test_packets_without_a_picture_are_an_error_with_decord_because_it_counts_them(tmp_path, empty):
     path = tmp_path / "clip.mp4"
     write_packets(path, frames=40, codec="mpeg4", keys=1000, empty=empty)
     assert numbers(path, "pyav")[:40] == list(range(40))
@@ -432,10 +432,10 @@ def test_packets_without_a_picture_are_an_error_with_decord_which_counts_them(tm
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_what_is_no_video_is_named_in_one_line(clips, tmp_path, decoder):
+def test_a_file_that_is_not_a_video_is_an_error_of_one_line(clips, tmp_path, decoder):
     path = tmp_path / "clip.mp4"
     whole = clips("constant rate.mp4").read_bytes()
-    for data in (b"", b"no video at all" * 50, whole[: len(whole) // 2]):  # the last has lost its table of contents
+    for data in (b"", b"not a video" * 50, whole[: len(whole) // 2]):  # the last has lost its index
         path.write_bytes(data)
         assert f"{decoder} cannot read it (" in error_line(path, decoder)
     path.unlink()
@@ -453,14 +453,14 @@ def test_what_is_no_video_is_named_in_one_line(clips, tmp_path, decoder):
 
 
 def scene(frames, width=WIDTH, height=HEIGHT):
-    """Pictures of coloured noise that moves."""
+    """Pictures of moving coloured noise."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
     wide = Image.fromarray(noise).resize((width + frames, height + frames), Image.BICUBIC)
     return [np.asarray(wide.crop((i, i, i + width, i + height))) for i in range(frames)]
 
 
-def test_no_channel_is_swapped_and_no_row_moved(tmp_path):
+def test_frames_have_the_channels_and_rows_of_the_pictures(tmp_path):
     pictures = scene(20)
     write_packets(tmp_path / "clip.mp4", frames=pictures, b_frames=2, options={"crf": "10"})
     for decoder in DECODERS:
@@ -477,7 +477,7 @@ def test_both_decoders_give_the_same_pixels(clips, kind):
     assert difference <= (40 if "odd" in kind or "10 bits" in kind else 2 if "MPEG-4" in kind else 0)
 
 
-def test_decord_is_refused_where_it_gives_frames_that_are_not_rgb(clips, monkeypatch):
+def test_frames_of_decord_that_are_not_rgb_are_an_error(clips, monkeypatch):
     decord = pytest.importorskip("decord")
     four = decord.nd.array(np.zeros((HEIGHT, WIDTH, 4), dtype=np.uint8))
     monkeypatch.setattr(decord.VideoReader, "next", lambda self: four)
@@ -488,7 +488,7 @@ def test_decord_is_refused_where_it_gives_frames_that_are_not_rgb(clips, monkeyp
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_both_decoders_turn_a_video_upright(clips, tmp_path, quarters):
     data = bytearray(clips("constant rate.mp4").read_bytes())
-    matrix = data.index(b"tkhd") + 4 + 40  # of the track header, in 16.16 fixed point
+    matrix = data.index(b"tkhd") + 4 + 40  # the display matrix of the track header, in 16.16 fixed point
     cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
     struct.pack_into(">9i", data, matrix, cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
     path = tmp_path / "turned.mp4"
@@ -503,7 +503,7 @@ def test_both_decoders_turn_a_video_upright(clips, tmp_path, quarters):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_workers_read_what_the_process_that_forks_them_reads(clips, decoder):
+def test_workers_read_the_same_frames_as_the_main_process(clips, decoder):
     paths = [clips(kind) for kind in list(KINDS)[:6]]
     plain = [numbers(path, decoder, [2, 30, 49]) for path in paths]
     loader = DataLoader(
@@ -539,7 +539,7 @@ def test_decoders_are_imported_only_where_they_decode():
 # Program
 
 
-def test_the_demo_videos_are_scored_as_their_frames_are(config, motion_root, tmp_path):
+def test_the_demo_videos_get_nearly_the_scores_of_their_frames(config, motion_root, tmp_path):
     train_program.main(["--config", config, "--output", str(tmp_path / "run"), "solver.epochs=1"])
 
     def score(name, *overrides):
@@ -555,7 +555,7 @@ def test_the_demo_videos_are_scored_as_their_frames_are(config, motion_root, tmp
     assert decord["paths"].tolist() == [f"{path}.mp4" for path in frames["paths"]]
     assert decord["labels"].tolist() == frames["labels"].tolist()
     assert np.abs(decord["scores"] - pyav["scores"]).max() < 1e-3
-    assert np.abs(decord["scores"] - frames["scores"]).max() < 0.02  # one is compressed as JPEG, the other as H.264
+    assert np.abs(decord["scores"] - frames["scores"]).max() < 0.02  # frames are compressed as JPEG, videos as H.264
 
 
 def test_the_decoder_and_its_version_are_logged_and_stored(config, motion_root, tmp_path, capsys):

@@ -1,7 +1,10 @@
-"""The side network as a textbook writes it (docs/protocol.md section 2): slow, obvious, and the judge of the fast form.
+"""The side network in its plainest form (docs/protocol.md section 2): slow and obvious, to test the fast form against.
 
-Plain nn.Conv3d, nn.BatchNorm3d and nn.MultiheadAttention on (B, S, T, h, w) and rearranged copies. Nothing here is
-shared with modules/side_network.py but the tensors that `copy_weights` hands over.
+Plain nn.Conv3d, nn.BatchNorm3d and nn.MultiheadAttention on (B, S, T, h, w) and rearranged copies. No code is shared
+with modules/side_network.py; `textbook_of` copies the weights.
+
+Letters: B clips, T frames of a clip, P patch size, h and w rows and columns of patches, N = h w patches of a frame,
+D tower width, S side width.
 """
 
 import torch
@@ -24,7 +27,7 @@ class TextbookBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(S, 4 * S), nn.GELU(), nn.Linear(4 * S, S))
 
     def forward(self, x, c, pos):
-        """x (B, S, T, h, w), c (B, T, S), pos (N, S)."""
+        """Tokens x (B, S, T, h, w), class tokens c (B, T, S), positions pos (N, S) -> (B, S, T, h, w)."""
         B, S, T, h, w = x.shape
         x = x + (self.conv(self.bn_1(x)) if self.placement == "pre" else self.bn_1(self.conv(x)))
 
@@ -65,6 +68,7 @@ class TextbookSideNetwork(nn.Module):
         self.post_bn = nn.BatchNorm3d(S) if norm_placement == "pre" else None
 
     def forward(self, clips, layer_tokens):
+        """Clips (B, T, 3, H, W), H and W in pixels, and tokens (B, T, 1 + N, D) for each layer -> (B, S)."""
         x = self.stem_bn(self.stem(clips.permute(0, 2, 1, 3, 4)))
         B, S, T, h, w = x.shape
         for norm, linear, block, tokens in zip(self.norms, self.linears, self.blocks, layer_tokens, strict=True):
@@ -77,7 +81,7 @@ class TextbookSideNetwork(nn.Module):
 
 
 def textbook_name(name):
-    """Name of a tensor of modules.side_network.SideNetwork in TextbookSideNetwork."""
+    """The name in TextbookSideNetwork of a tensor of modules.side_network.SideNetwork."""
     parts = name.split(".")
     if parts[0] == "projections":
         return ".".join([{"norm": "norms", "linear": "linears"}[parts[2]], parts[1], *parts[3:]])
@@ -92,7 +96,7 @@ def textbook_name(name):
 
 
 def textbook_of(side, **sizes):
-    """The textbook form of a fast side network, with copies of its tensors and in its mode."""
+    """The textbook form of a side network, with copies of its tensors, in the same mode."""
     textbook = TextbookSideNetwork(**sizes).to(next(side.parameters()).dtype).train(side.training)
     textbook.load_state_dict({textbook_name(name): tensor for name, tensor in side.state_dict().items()})
     return textbook

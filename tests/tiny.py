@@ -23,6 +23,7 @@ from engine.loops import train_one_epoch
 from engine.optim import build_optimizer
 from modules import build_model
 from modules.backbones import FrozenTower, find_architecture
+from modules.checkpoint import checkpoint_state, model_state
 from modules.side4video import Side4Video, SideClassifier
 from modules.side_network import FrameAttention, SideNetwork
 from utils.precision import resolve_precision
@@ -63,6 +64,11 @@ def tiny_config(arch="ViT-B/16", init=False, weights=None, backbone_dtype="auto"
     """A resolved configuration of a tower of three blocks of width 32; `kwargs` are timm's."""
     network = {"arch": arch, "init": init, "weights": weights, "backbone_dtype": backbone_dtype}
     return default_config(network={**network, "backbone_kwargs": {**TOWER, **kwargs}})
+
+
+def checkpoint_of(model):
+    """The entries of a checkpoint of this project, with no configuration and one finished epoch."""
+    return checkpoint_state(model_state(model), model.trained.state_dict(), {}, None, epoch=1)
 
 
 def published_form(tower, dtype=torch.float32):
@@ -139,13 +145,13 @@ def make_frames(count, size=(53, 38)):
 
 
 def train_clip(transform, frames, label, rng):
-    """(uint8 (T, 3, S, S), label)."""
+    """The augmented clip, uint8 (T, 3, H, W), and its label."""
     clip = torch.empty(len(frames), 3, transform.input_size, transform.input_size, dtype=torch.uint8)
     return clip, transform(frames, label, rng, clip)
 
 
 def plain_clip(frames, label, seed, protocol, size, flip_labels, rand_aug=False):
-    """What the plain pipeline makes of it, int (T, S, S, 3), and the label."""
+    """The clip of the plain pipeline, int (T, H, W, 3), and its label."""
     images = [Image.fromarray(frame) for frame in frames]
     generator = np.random.default_rng(seed)
     clip, label = plain_pipeline.train_clip(images, label, generator, protocol, size, flip_labels, rand_aug)
@@ -263,6 +269,7 @@ B, T = 3, 4
 
 
 def make_inputs(dtype, sizes, hw, batch=B, frames=T):
+    """Clips (batch, frames, 3, *hw) and one tensor of tower tokens for each layer, from a fixed seed."""
     generator = torch.Generator().manual_seed(1)
     clips = torch.randn(batch, frames, 3, *hw, generator=generator, dtype=torch.float64)
     shape = (batch, frames, 1 + sizes["num_patches"], sizes["backbone_width"])
@@ -271,9 +278,10 @@ def make_inputs(dtype, sizes, hw, batch=B, frames=T):
 
 
 def make_side(placement, dtype=torch.float64, **sizes):
+    """A side network with norms and biases away from 1 and 0; `sizes` go to SideNetwork."""
     torch.manual_seed(0)
     side = SideNetwork(**sizes, norm_placement=placement).to(dtype)
-    for module in side.modules():  # away from 1 and 0, so that a forgotten scale or shift shows
+    for module in side.modules():  # so that a forgotten scale or shift changes the result
         if isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm1d | FrameAttention):
             for parameter in module.parameters():
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -281,6 +289,7 @@ def make_side(placement, dtype=torch.float64, **sizes):
 
 
 def relative(a, b):
+    """The largest difference, of the largest number in b."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
@@ -294,9 +303,10 @@ def shared_batches():
         yield 3 * torch.randn(4, 3, 3, 16, 16, generator=generator, dtype=torch.float64) + 5
 
 
-def make_shared_model(placement):
+def make_shared_model(placement, **choices):
+    """A model in float64 for `shared_batches`, in training mode; `choices` go to SideNetwork."""
     torch.manual_seed(0)
     tower = FrozenTower("vit_tiny_patch16_224", 16, SHARED_TOWER)
     tower.convert(torch.float64)
     sizes = dict(backbone_width=32, side_width=64, num_layers=3, patch_size=8, num_patches=4)
-    return Side4Video(tower, SideClassifier(make_side(placement, **sizes), 5).double()).train()
+    return Side4Video(tower, SideClassifier(make_side(placement, **sizes, **choices), 5).double()).train()

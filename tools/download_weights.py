@@ -1,10 +1,10 @@
-"""Fetch the weights of a CLIP tower from OpenAI, only when asked to (clip_pretrain/README.md lists all files).
+"""Download the weights of a CLIP tower from OpenAI. clip_pretrain/README.md lists all weight files.
 
     python tools/download_weights.py ViT-B/16 [--dir clip_pretrain]
     python tools/download_weights.py --list
 
-An interrupted download goes on where it stopped when the same command is run again. A file is given its name after its
-SHA-256 has been compared with the published one; until then it is called `<name>.part`.
+The same command run again continues an interrupted download. The file is called `<name>.part` until its SHA-256 has
+been compared with the published one.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.errors import UserError, run_program
 
 OPENAI_ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-OPENAI_FILES = {  # SHA-256 of the file / its name, as they stand in its address
+OPENAI_FILES = {  # the end of the address: SHA-256 of the file / its name
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
@@ -37,14 +37,14 @@ EVA_FILES = {
     "EVA02-CLIP-bigE-14-plus": "EVA02_CLIP_E_psz14_plus_s9B.pt",
 }
 CHUNK = 1 << 20
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without data
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Fetch the weights of a CLIP tower from OpenAI.")
-    parser.add_argument("name", nargs="?", help="network.arch, such as ViT-B/16")
+    parser = argparse.ArgumentParser(description="Download the weights of a CLIP tower from OpenAI.")
+    parser.add_argument("name", nargs="?", help="a value of network.arch, such as ViT-B/16")
     parser.add_argument("--dir", type=Path, default=Path("clip_pretrain"), help="folder for the file")
-    parser.add_argument("--list", action="store_true", help="print names, files and addresses, and fetch nothing")
+    parser.add_argument("--list", action="store_true", help="print names, files and addresses; download nothing")
     args = parser.parse_args(argv)
     if args.list:
         for name, tail in OPENAI_FILES.items():
@@ -55,17 +55,17 @@ def main(argv: list[str]) -> None:
         sha256, file = OPENAI_FILES[args.name].split("/")
         download(f"{OPENAI_ADDRESS}/{sha256}/{file}", args.dir / file, sha256)
     elif args.name in EVA_FILES:
-        raise UserError(f"{args.name}: is not fetched by this program; take {EVA_FILES[args.name]} from {EVA_PAGE}")
+        raise UserError(f"{args.name}: this program does not download it; take {EVA_FILES[args.name]} from {EVA_PAGE}")
     else:
         raise UserError(f"{args.name or 'no name given'}: choose one of {', '.join(OPENAI_FILES)}, or --list")
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Fetch `url` into `path`, going on with `<path>.part` if one is there.
+    """Download `url` to `path`. An existing `<path>.part` is continued.
 
     Raises:
-        UserError: server, network or disk fail (what has arrived is kept), or the file is not the published one (it is
-            removed, but never a file that already stood at `path`).
+        UserError: the server, the network or the disk fails (the part is kept); the downloaded file is not the
+            published one (it is removed); another file exists at `path` (it is kept).
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -87,13 +87,13 @@ def download(url: str, path: Path, sha256: str) -> None:
 
 
 def fetch_rest(url: str, part: Path) -> None:
-    """Append to `part` what it lacks; begin again where the server cannot send a rest."""
+    """Append the missing bytes to `part`, or start again if the server cannot send a range."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing after `have`: the part is whole, or wrong, as its hash will show
+        if error.code == 416:  # there is nothing after `have` bytes: the part is complete or wrong, its hash tells
             return
         raise UserError(f"{url}: the server answers {error.code} {error.reason}") from error
     with response:

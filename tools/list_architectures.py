@@ -1,24 +1,27 @@
-"""Print the README's table of architectures: what is frozen, what is trained, and what a view costs.
+"""Print the README's table of architectures: frozen and trained parameters, and the operations of one view.
 
     python -m tools.list_architectures
 
-Nothing is allocated: the models are made of fake tensors, which have shapes and no values, as on the meta device.
-PyTorch's counter sees every matrix product and convolution; a multiplication with its addition counts as two
-operations, norms and sums as none.
+No memory is allocated: the models consist of fake tensors, which have shapes but no values. PyTorch's FLOP counter
+counts every matrix product and convolution, a multiplication and an addition as two operations. Norms and element-wise
+operations are not counted.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from engine.configuration import default_config
 from modules import build_model
 
 FRAMES, CLASSES = 8, 400
-SIDE_WIDTHS = {  # the paper's for B, L and E
+SIDE_WIDTHS = {  # for B, L and E those of the paper
     "ViT-B/32": 320,
     "ViT-B/16": 320,
     "ViT-L/14": 512,
@@ -48,14 +51,14 @@ def main() -> None:
 
 
 def describe(arch: str) -> tuple[str, ...]:
-    """The row of one architecture at timm's input size, with 8 frames and 400 classes."""
+    """The table row of one architecture at its own input size, with 8 frames and 400 classes."""
     network = {"arch": arch, "side_dim": SIDE_WIDTHS[arch], "backbone_kwargs": {}}
     config = default_config(data={"num_classes": CLASSES, "input_size": None}, network=network)
     pixels = config.data.input_size
     with torch.device("meta"):
         model = build_model(config).eval()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # autocast knows no meta device
-    with fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # attention as two products, both counted
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # autocast does not support the meta device
+    with fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter sees both matrix products of attention
         model.to_empty(device="cpu")
         clip = torch.empty(1, FRAMES, 3, pixels, pixels)
         with FlopCounterMode(display=False) as tower:

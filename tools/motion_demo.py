@@ -1,14 +1,14 @@
-"""The generated demo data set: the class of a video is how its objects move, and no single frame shows it.
-
-Two textured objects lie on a textured ground whose borders are joined (a torus). The state of an object is four
-numbers in [0, 1), each one cyclic: x and y position, angle, and logarithm of the size (the largest is followed by the
-smallest). In each class some of the four run at a steady rate and the others rest; all start uniformly at random. So
-every frame of every class has the same distribution, the opposite class is the same videos played backwards, and a
-mirrored "left" is a "right".
-
-Letters: F frames, O objects, H = W = size in pixels.
+"""Generate the demo data set: videos whose class is a motion, which no single frame shows.
 
     python -m tools.motion_demo ROOT [--train_videos N] [--val_videos N] [--size PIXELS] [--num_frames N] [--seed N]
+
+Two textured objects move over a textured ground with joined borders (a torus). The state of an object is four cyclic
+numbers in [0, 1): x position, y position, angle, and logarithm of the size (after the largest size comes the smallest).
+In each class, some of these numbers change at a constant rate and the others stay. All start uniformly at random.
+Therefore single frames have the same distribution in every class, a video played backwards belongs to the opposite
+class, and a mirrored "left" is a "right".
+
+Letters: T frames of a video, O objects, H = W pixels.
 """
 
 import argparse
@@ -22,11 +22,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from utils.errors import DataError, run_program
 
-VERSION = 1  # of the videos: goes into the stamp, so that a changed generator does not pass old files for its own
+VERSION = 1  # raise it when the videos change: it is part of the stamp, so files of another version are refused
 X, Y, ANGLE, SIZE = range(4)
-# Name -> direction in the states, opposites next to each other. The y axis points down, as pixel rows do.
+# Class name -> direction in state space. Opposite classes are neighbours. The y axis points down, as pixel rows do.
 MOTIONS = {
     "moving left": (-1, 0, 0, 0),
     "moving right": (1, 0, 0, 0),
@@ -40,18 +42,21 @@ MOTIONS = {
     "shrinking": (0, 0, 0, -1),
 }
 CLASSES = tuple(MOTIONS)
-# Slowest and fastest rate of each state, in cycles per frame: 1.3 to 1.9 pixels of 64, and 2 to 3 per cent.
+# Slowest and fastest rate of each state in cycles per frame: 1.3 to 1.9 pixels of 64; size changes by 2 to 3 percent.
 RATES = ((0.02, 0.03), (0.02, 0.03), (0.0, 0.0), (0.03, 0.045))
 OBJECTS = 2
-SMALLEST, LARGEST = 0.2, 0.36  # greatest radius of an object, as a part of the frame's width
-TEXELS = 96  # width of an object's picture, over twice its greatest width in the frame: nearest sampling is smooth
+SMALLEST, LARGEST = 0.2, 0.36  # largest radius of an object, as a fraction of the frame width
+TEXELS = 96  # width of an object's picture: over twice its largest width in a frame, so nearest sampling looks smooth
 JPEG_QUALITY = 95
-VIDEO_FILES = 16  # so many validation videos, or all if there are fewer, are written as mp4 files too
+VIDEO_FILES = 16  # number of validation videos that are also written as mp4 files, or all if there are fewer
 STAMP = "motion_demo.json"
 
 
 def trajectory(class_index: int, rng: np.random.Generator, num_frames: int) -> np.ndarray:
-    """States (F, O, 4) in [0, 1): x, y, angle, log size. Equal draws give opposite classes reversed states, exactly."""
+    """States of one video, float64 (T, O, 4) in [0, 1): x, y, angle, log size.
+
+    With an equal `rng`, the states of the opposite class are the same in reverse order, exactly.
+    """
     start = rng.random((OBJECTS, 4))
     slowest, fastest = np.transpose(RATES)
     rate = np.array(MOTIONS[CLASSES[class_index]]) * (slowest + rng.random() * (fastest - slowest))
@@ -60,26 +65,29 @@ def trajectory(class_index: int, rng: np.random.Generator, num_frames: int) -> n
 
 
 def render_video(class_index: int, rng: np.random.Generator, size: int = 64, num_frames: int = 16) -> np.ndarray:
-    """One video of a class, uint8 (F, H, W, 3)."""
+    """One video of a class, uint8 (T, H, W, 3)."""
     states = trajectory(class_index, rng, num_frames)
     ground = _texture(rng, size, lowest=1, highest=4, contrast=0.04, colours=(0.05, 0.3))
     return draw(states, ground, [_object(rng) for _ in range(OBJECTS)])
 
 
 def draw(states: np.ndarray, ground: np.ndarray, objects: list[np.ndarray]) -> np.ndarray:
-    """Objects (RGBA, (TEXELS, TEXELS, 4)) in their states (F, O, 4) over a ground (H, W, 3), later ones on top.
+    """Draw objects over a ground, later objects on top, and return uint8 (T, H, W, 3).
 
-    Colours are in 0..1; returns uint8 (F, H, W, 3).
+    Args:
+        states: (T, O, 4), of `trajectory`.
+        ground: (H, W, 3), RGB in 0..1.
+        objects: O pictures (TEXELS, TEXELS, 4), RGBA in 0..1.
     """
     size = len(ground)
     pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
     frames = np.repeat(ground[None].astype(np.float32), len(states), axis=0)
     for picture, (x, y, angle, log_size) in zip(objects, states.astype(np.float32).transpose(1, 2, 0), strict=True):
-        across = ((pixels - x[:, None] + 0.5) % 1.0 - 0.5)[:, None, :]  # (F, 1, W), the short way round the torus
-        down = ((pixels - y[:, None] + 0.5) % 1.0 - 0.5)[:, :, None]  # (F, H, 1)
+        across = ((pixels - x[:, None] + 0.5) % 1.0 - 0.5)[:, None, :]  # (T, 1, W), the shorter way round the torus
+        down = ((pixels - y[:, None] + 0.5) % 1.0 - 0.5)[:, :, None]  # (T, H, 1)
         radius = SMALLEST * (LARGEST / SMALLEST) ** log_size
         cos, sin = (f(2 * np.pi * angle)[:, None, None] / radius[:, None, None] for f in (np.cos, np.sin))
-        u, v = cos * across + sin * down, cos * down - sin * across  # (F, H, W), the picture spans -1..1
+        u, v = cos * across + sin * down, cos * down - sin * across  # (T, H, W), the picture spans -1..1
         inside = u * u + v * v < 1
         column, row = (np.minimum((w[inside] + 1) * (TEXELS / 2), TEXELS - 1).astype(np.intp) for w in (u, v))
         texels = picture[row, column]
@@ -95,11 +103,14 @@ def generate(
     num_frames: int = 16,
     seed: int = 0,
 ) -> bool:
-    """Write the data set to `root`; False if it is there already, made with the same settings.
+    """Write the data set to `root`. Returns False if it exists already with the same settings.
 
-    `frames/train_00012/img_00001.jpg`, `train.txt` and `val.txt` (`path num_frames label`, paths relative to
-    `frames`), `classes.csv`; `videos/val_00000.mp4` and `val_videos.txt` (`path label`, relative to `videos`). The
-    folder appears when it is complete. Raises DataError if something else is at `root`.
+    The files are `frames/train_00012/img_00001.jpg` and so on, `train.txt` and `val.txt` (lines `path num_frames
+    label`, relative to `frames`), `classes.csv`, `videos/val_00000.mp4` and so on, and `val_videos.txt` (lines `path
+    label`, relative to `videos`). `root` appears when it is complete.
+
+    Raises:
+        DataError: wrong settings, `root` holds something else, or it cannot be written.
     """
     root = Path(root)
     settings = dict(train_videos=train_videos, val_videos=val_videos, size=size, num_frames=num_frames, seed=seed)
@@ -127,7 +138,7 @@ def generate(
 
 
 def _write_split(root: Path, name: str, videos: int, size: int, num_frames: int, key: tuple[int, int]) -> None:
-    """The frames of one split and its list; the classes take turns."""
+    """Write the frames and the list of one split. Consecutive videos have consecutive classes."""
     lines = []
     for index in tqdm(range(videos), desc=f"{name} videos", disable=None):
         label = index % len(CLASSES)
@@ -141,7 +152,7 @@ def _write_split(root: Path, name: str, videos: int, size: int, num_frames: int,
 
 
 def _write_video_files(root: Path, videos: int, size: int, num_frames: int, key: tuple[int, int]) -> None:
-    """The first videos of the validation split as H.264 in full colour, and their list."""
+    """Write the first validation videos as H.264 files without chroma subsampling, and their list."""
     (root / "videos").mkdir()
     lines = []
     for index in range(videos):
@@ -165,9 +176,14 @@ def _texture(
     colours: tuple[float, float],
     stretch: float = 1.0,
 ) -> np.ndarray:
-    """Smooth periodic colours, float (size, size, 3) in 0..1, around a random one within `colours`.
+    """Smooth periodic noise around a random colour, float64 (size, size, 3) in 0..1.
 
-    Noise of `lowest` to `highest` waves across the picture, weaker as they get finer; `stretch` draws it out along x.
+    Args:
+        size: width and height in pixels.
+        lowest, highest: number of waves across the picture. The amplitude falls with the frequency.
+        contrast: standard deviation of the noise.
+        colours: range of the mean of each channel.
+        stretch: factor by which the noise is stretched along x.
     """
     waves = np.fft.fftfreq(size, 1 / size)
     frequency = np.hypot(stretch * waves, waves[:, None])[:, : size // 2 + 1]  # the half that rfft2 keeps
@@ -179,7 +195,7 @@ def _texture(
 
 
 def _object(rng: np.random.Generator) -> np.ndarray:
-    """A blob with streaks, RGBA float32 (TEXELS, TEXELS, 4); long, with a thick end, so it looks new at every angle."""
+    """A striped object, RGBA float32 (TEXELS, TEXELS, 4): long, with one thick end, so that its angle is visible."""
     across = (np.arange(TEXELS) + 0.5) * (2 / TEXELS) - 1
     direction = np.arctan2(across[:, None], across)
     outline = 1 + 0.25 * np.cos(2 * direction + rng.uniform(0, 2 * np.pi))
@@ -191,14 +207,13 @@ def _object(rng: np.random.Generator) -> np.ndarray:
 
 
 def main(argv: list[str]) -> None:
-    """Generate the data set from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.motion_demo", description="Generate the demo data set.")
-    parser.add_argument("root", type=Path, help="folder to make")
-    parser.add_argument("--train_videos", type=int, default=640)
-    parser.add_argument("--val_videos", type=int, default=160)
+    parser.add_argument("root", type=Path, help="folder to create")
+    parser.add_argument("--train_videos", type=int, default=640, help="number of training videos")
+    parser.add_argument("--val_videos", type=int, default=160, help="number of validation videos")
     parser.add_argument("--size", type=int, default=64, help="height and width of the frames in pixels")
-    parser.add_argument("--num_frames", type=int, default=16, help="frames of a video")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_frames", type=int, default=16, help="frames per video")
+    parser.add_argument("--seed", type=int, default=0, help="of all random draws")
     arguments = vars(parser.parse_args(argv))
     made = generate(**arguments)
     videos = f"{arguments['train_videos']} training and {arguments['val_videos']} validation videos"

@@ -1,6 +1,6 @@
-"""The annotation files that data sets are published with -> which video is of which class.
+"""Read the official annotation files of data sets: which video belongs to which class.
 
-A file that is not of its format is a DataError that names the file, and the line where there is one.
+A file in another format raises a DataError that names the file and, if possible, the line.
 """
 
 import csv
@@ -20,11 +20,11 @@ HMDB51_SPLITS = {"0": None, "1": "train", "2": "val"}
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """A video as its data set names it.
+    """A video and its class.
 
-    name: of the file without its suffix, or of the folder of frames; a folder before it may be missing on disk
-    class_name: as it will stand in the class list
-    source: "FILE:LINE", for messages
+    name: path of the video file without suffix, or of the folder of frames; on disk its folder may be another one
+    class_name: as in the class list
+    source: "FILE:LINE" for error messages
     """
 
     name: str
@@ -33,8 +33,8 @@ class Annotation:
 
 
 def read_kinetics(path: Path) -> list[Annotation]:
-    """Columns label, youtube_id, time_start, time_end, and others; files are called <id>_<start>_<end>."""
-    rows = csv.reader(line for _, line in numbered_lines(path))
+    """A csv file with columns label, youtube_id, time_start, time_end, and others. Names are <id>_<start>_<end>."""
+    rows = csv.reader(line for _, line in numbered_lines(str(path)))
     header = next(rows, [])
     if missing := [name for name in KINETICS_COLUMNS if name not in header]:
         raise DataError(f"{path}:1: the header must name {', '.join(KINETICS_COLUMNS)}, but {missing[0]} is missing")
@@ -65,12 +65,12 @@ def read_something_v1(path: Path) -> list[Annotation]:
 
 
 def read_something_v1_classes(path: Path) -> list[str]:
-    """One a line."""
+    """One class name per line."""
     return [line for _, line in _lines(path)]
 
 
 def read_something_v2(path: Path) -> list[Annotation]:
-    """A list of {"id", "template", ...}; the class is the template without its brackets."""
+    """A JSON list of {"id", "template", ...}. The class name is the template without its brackets."""
     annotations = []
     for number, entry in enumerate(_json(path, list), 1):
         source = f"{path}: entry {number}"
@@ -83,7 +83,7 @@ def read_something_v2(path: Path) -> list[Annotation]:
 
 
 def read_something_v2_classes(path: Path) -> list[str]:
-    """The names in {"name": "index", ...}, in the order of their indices."""
+    """The names of a JSON object {"name": "index", ...}, sorted by index."""
     indices = _json(path, dict)
     try:
         numbers = {name: int(index) for name, index in indices.items()}
@@ -93,7 +93,7 @@ def read_something_v2_classes(path: Path) -> list[str]:
 
 
 def read_ucf101(path: Path, classes: list[str]) -> list[Annotation]:
-    """Lines `Class/video.avi 1`, in the files for testing without the number, which counts `classes` from 1."""
+    """Lines `Class/video.avi 1`. The number is the position in `classes`, from 1; test files have no number."""
     annotations = []
     for source, line in _lines(path):
         video, _, number = line.rpartition(" ")
@@ -109,8 +109,8 @@ def read_ucf101(path: Path, classes: list[str]) -> list[Annotation]:
 
 
 def read_ucf101_classes(path: Path) -> list[str]:
-    """Lines `1 Class`, numbered in order."""
-    names = []
+    """Lines `1 Class`, numbered from 1 in order."""
+    names: list[str] = []
     for source, line in _lines(path):
         number, _, name = line.partition(" ")
         if number != str(len(names) + 1) or not name:
@@ -120,9 +120,9 @@ def read_ucf101_classes(path: Path) -> list[str]:
 
 
 def read_hmdb51(folder: Path, split: int) -> dict[str, list[Annotation]]:
-    """The lists "train" and "val" of one of the three splits, from files <class>_test_split<N>.txt.
+    """The "train" and "val" videos of split 1, 2 or 3, from files <class>_test_split<N>.txt.
 
-    Lines read `video.avi 1`; 1 is for training, 2 for testing, 0 for neither.
+    Lines read `video.avi 1`: 1 is training, 2 is testing, 0 is neither.
     """
     ending = f"_test_split{split}.txt"
     files = sorted(folder.glob(f"*{ending}"))
@@ -141,12 +141,12 @@ def read_hmdb51(folder: Path, split: int) -> dict[str, list[Annotation]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    return ((source, line) for source, line in numbered_lines(path) if line)
+    return ((source, line) for source, line in numbered_lines(str(path)) if line)
 
 
 def _json(path: Path, kind: type) -> Any:
     try:
-        content = json.loads("\n".join(line for _, line in numbered_lines(path)))
+        content = json.loads("\n".join(line for _, line in numbered_lines(str(path))))
     except ValueError as error:
         raise DataError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(content, kind):

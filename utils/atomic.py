@@ -1,24 +1,52 @@
-"""Files that appear whole or not at all."""
+"""Files that are either complete or absent: write to a temporary file, then rename."""
 
+import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from utils.errors import DataError
+
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`write(file)` into a new file beside `path`, then rename: a reader finds the old file or the new, never half."""
+    """Call `write(file)` on a temporary file beside `path`, then rename it to `path`.
+
+    A reader sees the old file or the new one, never a part. Missing folders are created. If `write` raises, the old
+    file stays and the temporary file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         with open(temporary, "wb") as file:
             write(file)
-        with open(temporary, "rb") as file:  # opened anew: safetensors puts a file of its own in the place
+        with open(temporary, "rb") as file:  # opened again: safetensors replaces the file instead of writing into it
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically. Raises DataError if it cannot be written."""
+    with writing(path):
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write an indented JSON file atomically. Raises DataError if it cannot be written."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise an OSError of the `with` block again as a DataError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error

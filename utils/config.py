@@ -1,6 +1,8 @@
-"""YAML file + overrides -> checked against the schema -> DotMap. `python -m utils.config` only checks.
+"""Load a YAML configuration, apply overrides, and check the result against the schema.
 
-An error is one line: where the value stands (FILE:LINE or the command line), its key, what is wrong with it.
+    python -m utils.config train|test CONFIG [key=value ...]        check only
+
+Every error is one line: the place of the value (FILE:LINE or the command line), its key, and the problem.
 """
 
 import difflib
@@ -20,22 +22,31 @@ COMMAND_LINE = "command line"
 USAGE = "usage: python -m utils.config train|test CONFIG [key=value ...]"
 Fail = Callable[[str, str], NoReturn]
 Purpose = Literal["train", "test", "model"]
+Values = dict[str, Any]  # dotted key -> value in the type that its field reads
 
 
 class Entry(NamedTuple):
-    """A value as YAML gives it, and where it was given."""
+    """A value as YAML gives it, and the place where it was given."""
 
     value: object
     origin: str
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
-    """The configuration of one run: every key of the schema but `base`; asking the DotMap for another name is an error.
+    """Return the configuration of one run. Values that it leaves open are derived later, by `resolve_config`.
 
-    `overrides` are `section.key=value` with the value in YAML. Lists and roots that `purpose` needs must exist;
-    "model" needs none.
-    `.toDict()` is the plain form, and its YAML loads to the same again. A copy of the DotMap answers any name.
-    Raises ConfigError.
+    Args:
+        path: the YAML file. The files that it names in `base` are merged below it.
+        overrides: `section.key=value`, with the value in YAML; they replace the file's values.
+        purpose: decides which lists, roots and files must exist. "model" requires none.
+
+    Returns:
+        every key of the schema except `base`. Reading another name raises AttributeError or KeyError, but not on a
+        copy of the DotMap: a copy returns an empty DotMap for it. `.toDict()` is the plain form; its YAML loads to an
+        equal configuration.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong.
     """
     entries = _read_file(Path(path))
     for override in overrides:
@@ -44,8 +55,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpos
 
 
 def config_from_dict(plain: dict[str, Any], source: str, purpose: Purpose = "train") -> DotMap:
-    """The configuration of nested dictionaries, such as a checkpoint holds; `source` names them in errors."""
-    entries = {}
+    """Return the configuration that nested dictionaries hold, such as those of a checkpoint.
+
+    Errors name `source` as the place of every value. Raises ConfigError.
+    """
+    entries: dict[str, Entry] = {}
     for name, value in plain.items():
         keys = {f"{name}.{key}": item for key, item in value.items()} if name in SECTIONS else {name: value}
         entries |= {key: Entry(item, source) for key, item in keys.items()}
@@ -53,7 +67,7 @@ def config_from_dict(plain: dict[str, Any], source: str, purpose: Purpose = "tra
 
 
 def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap:
-    """The values of `entries`, checked against the schema, with its defaults; `source` names what gives no entry."""
+    """Check the entries against the schema and add its defaults. An error about a missing key names `source`."""
 
     def fail(key: str, problem: str) -> NoReturn:
         raise ConfigError(f"{entries[key].origin if key in entries else source}: {key}: {problem}")
@@ -61,7 +75,7 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap
     for key in entries:
         if key not in FIELDS and key not in LEGACY:
             fail(key, f"unknown key; did you mean {_nearest(key)}?")
-    values = {}
+    values: Values = {}
     for key, field in FIELDS.items():
         if key not in entries and field.default is REQUIRED:
             fail(key, f"missing, and there is no default: {field.doc}")
@@ -74,7 +88,7 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap
     _check_together(values, purpose, fail)
     _check_paths(values, purpose, fail)
 
-    plain = {}
+    plain: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         (plain.setdefault(section, {}) if section else plain)[name] = value
@@ -82,7 +96,10 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap
 
 
 def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """Dotted key -> entry of a file and of the files below it; `chain` holds the files that lead here."""
+    """Read a file and its bases into a dictionary from dotted key to entry.
+
+    `chain` holds the files on the way to this one, so that a circle of bases is found.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +107,7 @@ def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Entry]:
     tree, places = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: {'empty' if tree is None else 'not a mapping'}; it must hold `section:` and keys")
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, value in tree.items():
         if name not in SECTIONS:
             if "." in name:
@@ -102,12 +119,12 @@ def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Entry]:
             raise ConfigError(f"{places[name]}: {name}: a section, so keys must stand below it, not {value!r}")
     base = entries.pop("base", Entry(None, ""))
     try:
-        name = FIELDS["base"].read(base.value)
+        base_name = FIELDS["base"].read(base.value)
     except ValueError as error:
         raise ConfigError(f"{base.origin}: base: {error}") from error
-    if name is None:
+    if not isinstance(base_name, str):  # None: no base
         return entries
-    below, chain = path.parent / name, (*chain, path.resolve())
+    below, chain = path.parent / base_name, (*chain, path.resolve())
     if below.resolve() in chain:
         raise ConfigError(f"{base.origin}: base: {below} is itself based on this file")
     if not below.is_file():
@@ -116,8 +133,13 @@ def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Entry]:
 
 
 def _parse(text: str, name: str, numbered: bool = True) -> tuple[object, dict[str, str]]:
-    """YAML -> its value, and for each dotted key where it stands: `name:LINE`, or `name` alone if not `numbered`."""
-    loader, places = yaml.SafeLoader(text), {}
+    """Parse YAML into its value and the place of each dotted key.
+
+    A place is `name:LINE`, or `name` alone unless `numbered`. PyYAML's own loader keeps no lines and accepts a key that
+    is given twice, so the tree of nodes is read here. Raises ConfigError.
+    """
+    loader = yaml.SafeLoader(text)
+    places: dict[str, str] = {}
 
     def place(mark: yaml.Mark | None) -> str:
         return f"{name}:{mark.line + 1}" if numbered and mark else name
@@ -141,7 +163,7 @@ def _parse(text: str, name: str, numbered: bool = True) -> tuple[object, dict[st
     try:
         root = loader.get_single_node()
         return (None if root is None else plain(root, "")), places
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist, 2023-02-30
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise ConfigError(f"{place(getattr(error, 'problem_mark', None))}: not valid YAML: {problem}") from error
 
@@ -163,7 +185,7 @@ def _apply_override(entries: dict[str, Entry], override: str) -> None:
 
 
 def _nearest(key: str) -> str:
-    """The known key most like `key`: by its last part, then as a whole, so that data.lr gives solver.lr."""
+    """Return the known key most similar to `key`. The last part counts first, so that data.lr gives solver.lr."""
 
     def likeness(known: str) -> tuple[float, float]:
         parts = known.rpartition(".")[2], key.rpartition(".")[2]
@@ -172,7 +194,8 @@ def _nearest(key: str) -> str:
     return max([*FIELDS, *([] if "." in key else SECTIONS)], key=likeness)
 
 
-def _check_legacy(entries: dict[str, Entry], values: dict[str, object], fail: Fail) -> None:
+def _check_legacy(entries: dict[str, Entry], values: Values, fail: Fail) -> None:
+    """Fail if a key of older configurations has a value that this project does not implement."""
     for key in [key for key in entries if key in LEGACY]:
         neutral, why = LEGACY[key]
         value = None if entries[key].value == "None" else entries[key].value
@@ -182,8 +205,8 @@ def _check_legacy(entries: dict[str, Entry], values: dict[str, object], fail: Fa
             fail(key, f"is {value!r}, but only {accepted[0]!r} is supported: {why}")
 
 
-def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None:
-    """What no key can be checked for alone."""
+def _check_together(values: Values, purpose: Purpose, fail: Fail) -> None:
+    """Fail if two keys contradict each other."""
     if values["resume"] is not None and values["pretrain"] is not None:
         fail("pretrain", "not together with resume, whose checkpoint already holds the weights")
     if problem := resize_problem(values["data.resize"], values["data.input_size"]):
@@ -208,18 +231,19 @@ def _check_together(values: dict[str, object], purpose: str, fail: Fail) -> None
 
 
 def resize_problem(resize: int | list[int] | None, input_size: int | None) -> str | None:
-    """What is wrong with `data.resize`, if anything; an `input_size` that the tower has yet to state excuses it."""
+    """Return what is wrong with `data.resize`, or None if it is right or if one of the two values is not known yet."""
     if resize is None or input_size is None:
         return None
     shorter = min(resize) if isinstance(resize, list) else resize
     return f"is {resize}, below data.input_size, which is {input_size}" if shorter < input_size else None
 
 
-def _check_paths(values: dict[str, object], purpose: str, fail: Fail) -> None:
+def _check_paths(values: Values, purpose: Purpose, fail: Fail) -> None:
+    """Fail if a list, root or file that this purpose needs is missing."""
     if purpose == "model":
         return
     needed, optional = ["data.val_list", "data.val_root"], ["data.label_list"]
-    if purpose == "train":  # a test has its own checkpoint, which may hold the tower too
+    if purpose == "train":  # a test reads its own checkpoint, which may also hold the tower
         optional += ["network.weights", "resume", "pretrain"]
         if not values["solver.evaluate"]:
             needed = ["data.train_list", "data.train_root", *needed]
@@ -233,10 +257,12 @@ def _check_paths(values: dict[str, object], purpose: str, fail: Fail) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Check a configuration, for a script that is about to start processes with it."""
-    if len(argv) < 2 or argv[0] not in ("train", "test"):
-        raise ConfigError(USAGE)
-    load_config(argv[1], argv[2:], argv[0])
+    """Check a configuration. The scripts call this before they start any process."""
+    match argv:
+        case ["train" | "test" as purpose, path, *overrides]:
+            load_config(path, overrides, purpose)
+        case _:
+            raise ConfigError(USAGE)
 
 
 if __name__ == "__main__":

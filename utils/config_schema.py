@@ -1,6 +1,9 @@
-"""Every configuration key: its type, default, limits and one sentence; `python -m utils.config_schema` prints the docs.
+"""All configuration keys, each with type, default, limits and an explanation.
 
-Keys are written `section.key`. A field whose default is None may be None; one whose default is REQUIRED must be given.
+    python -m utils.config_schema > docs/configuration.md
+
+Keys are written `section.key`. A field with the default REQUIRED must be given; a field with the default None accepts
+None.
 """
 
 import math
@@ -10,14 +13,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-REQUIRED = object()
-ANY = object()
+REQUIRED = object()  # the default of a key that must be given
+ANY = object()  # in LEGACY: every value is accepted
 SECTIONS = {
-    "data": "which videos are read, and how",
+    "data": "the videos, and how they are read",
     "network": "the frozen tower and the side network",
-    "solver": "the optimisation",
-    "test": "the evaluation",
-    "logging": "what is reported, and when",
+    "solver": "training",
+    "test": "evaluation",
+    "logging": "reports and evaluations during training",
 }
 KINDS = {
     "bool": "True or False",
@@ -32,12 +35,12 @@ KINDS = {
     "layers": "`all`, `every2`, `last:N` or a list of whole numbers",
     "dict": "a mapping of names to values",
 }
-# PyYAML reads a number with an exponent as text unless it has both a point and a signed exponent.
+# PyYAML reads 1e-3 as text: it wants a point and a signed exponent.
 _EXPONENT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class Rule(NamedTuple):
-    """A limit on a value: `text` continues "must be a whole number, ...", `holds(value)` tests it."""
+    """A limit on a value. `text` completes "must be a whole number, ..." and `holds(value)` tests the value."""
 
     text: str
     holds: Callable[..., bool]
@@ -81,22 +84,28 @@ _WIDTH = Rule("a positive multiple of 64", lambda value: value > 0 and value % 6
 
 @dataclass(frozen=True)
 class Field:
-    """One key: `kind` is a key of KINDS, `default` REQUIRED or a value of that kind, `doc` a sentence."""
+    """One configuration key.
+
+    `kind` is a key of KINDS, `default` is REQUIRED or a value of that kind, `doc` explains the key in sentences.
+    """
 
     kind: str
     default: object
     doc: str
     rule: Rule | None = None
-    optional: bool = False  # None is a value, though not the default
+    optional: bool = False  # None is allowed although it is not the default
 
     @property
     def must(self) -> str:
-        """What a value must be, in words."""
+        """The requirement on a value in words."""
         limits = [self.rule.text] if self.rule else []
         return ", ".join([KINDS[self.kind], *limits, *(["or None"] if self.default is None or self.optional else [])])
 
     def read(self, value: object) -> object:
-        """A value as YAML gives it, in this field's type, lists and dicts copied; ValueError says what is wrong."""
+        """Return a value that YAML gave in the type of this field; lists and dicts are copied.
+
+        Raises ValueError with the value and the requirement.
+        """
         value = None if value == "None" else value
         if value is None and (self.default is None or self.optional):
             return None
@@ -116,7 +125,7 @@ def _convert(kind: str, value: object) -> object:
         case "str" | "file" | "folder" if isinstance(value, str):
             return value
         case "int" | "float":
-            number = free_value(value)
+            number = _free_value(value)
             if isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number):
                 if kind == "float":
                     return float(number)
@@ -131,20 +140,21 @@ def _convert(kind: str, value: object) -> object:
         case "layers" if isinstance(value, str) and re.fullmatch(r"all|every2|last:[1-9]\d*", value):
             return value
         case "dict" if isinstance(value, dict):
-            return free_value(value)
+            return _free_value(value)
     raise ValueError
 
 
-def free_value(value: object) -> object:
-    """A copy of a value of no fixed type, in which "None" is None and a number that PyYAML left as text is a number.
+def _free_value(value: object) -> object:
+    """Return a copy of a value without a fixed type.
 
-    ValueError for the types that YAML has and a configuration has not, such as dates.
+    The text "None" becomes None, and a number that PyYAML read as text becomes a number. Raises ValueError for types
+    that a configuration does not use, such as dates.
     """
     match value:
         case dict():
-            return {key: free_value(item) for key, item in value.items()}
+            return {key: _free_value(item) for key, item in value.items()}
         case list():
-            return [free_value(item) for item in value]
+            return [_free_value(item) for item in value]
         case str():
             return None if value == "None" else float(value) if _EXPONENT_NUMBER.fullmatch(value) else value
         case bool() | int() | float() | None:
@@ -153,186 +163,273 @@ def free_value(value: object) -> object:
 
 
 FIELDS = {
-    "base": Field("file", None, "A configuration, relative to this one, whose values hold where this one gives none."),
+    "base": Field(
+        "file",
+        None,
+        "Another configuration that gives the values missing in this one. The path is relative to this file.",
+    ),
     "resume": Field(
         "file",
         None,
-        "Checkpoint of a run to go on with, exactly where it stopped; `auto` takes the newest intact one of "
-        "`--output`, and starts from the beginning if there is none.",
+        "Checkpoint of a run to continue. The run continues exactly where it stopped. `auto`: the newest intact "
+        "checkpoint in `--output`; without one, the training starts from the beginning.",
     ),
     "pretrain": Field(
-        "file", None, "Checkpoint, ours or a released one, to start from; other classes take a new head."
+        "file",
+        None,
+        "Checkpoint to start a new training from, ours or a released one. For other classes the head is initialised "
+        "again.",
     ),
-    "seed": Field("int", 1024, "Initialisation, order, frames, crops and flips derive from it.", _at_least(0)),
+    "seed": Field("int", 1024, "Seed of initialisation, video order, frames, crops and flips.", _at_least(0)),
     # data
-    "data.dataset": Field("str", REQUIRED, "Name of the data set, also of the folder of its runs.", _NOT_EMPTY),
+    "data.dataset": Field(
+        "str", REQUIRED, "Name of the data set. Its runs are stored in a folder of this name.", _NOT_EMPTY
+    ),
     "data.protocol": Field(
         "str",
         None,
-        "Sampling of frames, resize and grayscale as for Kinetics or for Something-Something; None: `something` if "
-        "`data.dataset` has that in its name, else `kinetics`.",
+        "Rules for frame sampling, resize and grayscale: those for Kinetics or those for Something-Something. None: "
+        "`something` if `data.dataset` contains that word, otherwise `kinetics`.",
         _one_of("kinetics", "something"),
     ),
-    "data.modality": Field("str", "RGB", "`RGB` reads frame folders, `video` video files.", _one_of("RGB", "video")),
+    "data.modality": Field(
+        "str", "RGB", "`RGB` reads folders of frames, `video` reads video files.", _one_of("RGB", "video")
+    ),
     "data.decoder": Field(
         "str",
         "pyav",
-        "Reads video files, with the same frames: `pyav` reads all kinds, `decord` takes longer and refuses some; "
-        "`auto` is `decord` for what `pyav` would decode twice (large, and not H.264 or VP9 in mp4, mov, mkv or webm).",
+        "Library that decodes video files; all give the same frames. `pyav` reads all kinds of files. `decord` is "
+        "slower "
+        "and refuses some. `auto` takes `decord` for files that `pyav` would decode twice: large ones that are not "
+        "H.264 "
+        "or VP9 in mp4, mov, mkv or webm.",
         _one_of("pyav", "decord", "auto"),
     ),
-    "data.num_segments": Field("int", 8, "Frames of a clip.", _at_least(1)),
-    "data.batch_size": Field("int", REQUIRED, "Training videos of a batch, for each process.", _at_least(1)),
-    "data.workers": Field("int", 4, "Loader processes for each training process; 0 loads in that one.", _at_least(0)),
-    "data.prefetch": Field(
-        "int", 2, "Batches that a loader process keeps ready; fewer need less memory.", _at_least(1)
+    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _at_least(1)),
+    "data.batch_size": Field("int", REQUIRED, "Training videos in a batch of each process.", _at_least(1)),
+    "data.workers": Field(
+        "int",
+        4,
+        "Loader processes of each training process; with 0, the training process loads the data itself.",
+        _at_least(0),
     ),
-    "data.num_classes": Field("int", REQUIRED, "Number of classes; labels run from 0 to one less.", _at_least(1)),
+    "data.prefetch": Field(
+        "int", 2, "Batches that each loader process prepares in advance. Fewer need less memory.", _at_least(1)
+    ),
+    "data.num_classes": Field("int", REQUIRED, "Number of classes. Labels start at 0.", _at_least(1)),
     "data.image_tmpl": Field(
-        "str", "img_{:05d}.jpg", "File name of a frame; the first is number `data.index_base`.", _TEMPLATE
+        "str",
+        "img_{:05d}.jpg",
+        "File name of a frame with a field for its number. The first number is `data.index_base`.",
+        _TEMPLATE,
     ),
     "data.index_base": Field(
-        "int", 1, "Number of the first frame file of a folder.", Rule("0 or 1", lambda base: base in (0, 1))
+        "int", 1, "Number of the first frame file in a folder.", Rule("0 or 1", lambda base: base in (0, 1))
     ),
     "data.count_frames": Field(
-        "bool", False, "Count the files named like `data.image_tmpl` in each folder; the list's column is not used."
+        "bool", False, "Count the frame files in each folder and ignore the number of frames in the list."
     ),
     "data.on_error": Field(
         "str",
         "stop",
-        "A video that cannot be read: `stop` ends the run; with `skip`, training takes the next one of the epoch's "
-        "order, and evaluation gives NaN scores, counted wrong. Evaluation always does so with video files.",
+        "What happens when a video cannot be read. `stop`: the run ends. `skip`: training takes the next video in the "
+        "order of the epoch; evaluation gives NaN scores and counts the video as wrong. Evaluation of video files "
+        "always "
+        "does what `skip` says.",
         _one_of("stop", "skip"),
     ),
-    "data.train_root": Field("folder", None, "Where the paths of `data.train_list` start; training needs it."),
+    "data.train_root": Field(
+        "folder", None, "Folder that the paths in `data.train_list` are relative to. Required for training."
+    ),
     "data.train_list": Field(
-        "file", None, "Training videos, a line `path num_frames label` (video files: `path label`) each; for training."
+        "file",
+        None,
+        "List of the training videos, with lines `path num_frames label` (video files: `path label`). Required for "
+        "training.",
     ),
-    "data.val_root": Field("folder", None, "Where the paths of `data.val_list` start; always needed."),
+    "data.val_root": Field(
+        "folder", None, "Folder that the paths in `data.val_list` are relative to. Always required."
+    ),
     "data.val_list": Field(
-        "file", None, "Videos to evaluate, in the same form; always needed. test.py takes one whose labels are all -1."
+        "file",
+        None,
+        "List of the videos to evaluate, in the same form. Always required. test.py accepts a list with -1 for every "
+        "label.",
     ),
-    "data.label_list": Field("file", None, "Class names: a csv file with the header `id,name`."),
+    "data.label_list": Field("file", None, "Class names in a csv file with the header `id,name`."),
     "data.input_size": Field(
-        "int", None, "Height and width of what the model sees; None takes the tower's.", _at_least(1)
+        "int", None, "Height and width of the model's input in pixels. None: the tower's.", _at_least(1)
     ),
-    "data.resize": Field(
-        "int or list of int", None, "Size of a frame before it is cropped; None: that of the protocol.", _RESIZE
-    ),
+    "data.resize": Field("int or list of int", None, "Size of a frame before cropping. None: the protocol's.", _RESIZE),
     "data.flip": Field(
-        "bool", True, "Training mirrors half of the clips, and swaps the labels of left and right; False: none."
+        "bool",
+        True,
+        "Mirror half of the training clips and swap their labels where class names differ in left and right. False: no "
+        "flips.",
     ),
     "data.mean": Field(
         "list of float",
         None,
-        "Subtracted from pixels, which run from 0 to 1; None: that of the tower's training.",
+        "Mean of red, green and blue, subtracted from pixels between 0 and 1. None: that of the tower's training.",
         _MEAN,
     ),
     "data.std": Field(
-        "list of float", None, "Pixels are then divided by it; None: that of the tower's training.", _STD
+        "list of float",
+        None,
+        "Standard deviation that pixels are then divided by. None: that of the tower's training.",
+        _STD,
     ),
-    "data.random_shift": Field("bool", True, "Training draws frames at random; False takes those of validation."),
+    "data.random_shift": Field("bool", True, "Draw training frames at random. False: take the frames of validation."),
     "data.num_sample": Field(
-        "int", 1, "Clips, augmented apart, from each training video that is loaded.", _at_least(1)
+        "int",
+        1,
+        "Clips from each loaded training video. All show the same frames, each with its own augmentation.",
+        _at_least(1),
     ),
-    "data.rand_aug": Field("bool", False, "RandAugment, the same for all frames of a clip."),
-    "data.rand_erase": Field("bool", False, "Random erasing, the same box in all frames of a clip."),
-    "data.dense": Field("bool", False, "Frames from a window of 128, not the whole video; at most 128 segments then."),
-    "data.shot": Field("int", None, "Train on this many videos of each class, chosen by `seed`.", _at_least(1)),
+    "data.rand_aug": Field("bool", False, "Use RandAugment, with the same operations for all frames of a clip."),
+    "data.rand_erase": Field("bool", False, "Use random erasing, with the same box in all frames of a clip."),
+    "data.dense": Field(
+        "bool",
+        False,
+        "Take frames from a window of 128 frames, not from the whole video. `data.num_segments` must be at most 128.",
+    ),
+    "data.shot": Field("int", None, "Train on this many videos of each class only. `seed` chooses them.", _at_least(1)),
     # network
-    "network.arch": Field("str", REQUIRED, "Frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY),
-    "network.init": Field("bool", True, "Load the tower's weights from `clip_pretrain/`; False leaves it random."),
+    "network.arch": Field(
+        "str", REQUIRED, "The frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY
+    ),
+    "network.init": Field(
+        "bool", True, "Load the tower's weights from `clip_pretrain/`. False: leave the tower random."
+    ),
     "network.weights": Field(
         "file",
         None,
-        "Weight file of the tower, in place of the one in `clip_pretrain/`; `hub` lets timm download its own.",
+        "Another weight file of the tower than the one in `clip_pretrain/`. `hub`: timm downloads its weights.",
     ),
-    "network.backbone_kwargs": Field("dict", {}, "Passed to timm for the tower; replaces a base's mapping as a whole."),
-    "network.drop_fc": Field("float", 0.0, "Dropout before the classifier.", _FRACTION),
-    "network.side_dim": Field("int", REQUIRED, "Side width; 320 for ViT-B, 512 for ViT-L/14 in the paper.", _WIDTH),
+    "network.backbone_kwargs": Field(
+        "dict", {}, "Arguments that timm builds the tower with. They replace all of those in `base`."
+    ),
+    "network.drop_fc": Field("float", 0.0, "Dropout probability before the classifier.", _FRACTION),
+    "network.side_dim": Field(
+        "int", REQUIRED, "Width of the side network. In the paper, 320 for ViT-B and 512 for ViT-L/14.", _WIDTH
+    ),
     "network.side_variant": Field(
         "str",
         None,
-        "Norms before or after the side network's layers; None: `post` for EVA-CLIP, else `pre`.",
+        "Place of the norms in the side network: before (`pre`) or after (`post`) its layers. None: `post` for "
+        "EVA-CLIP, "
+        "otherwise `pre`.",
         _one_of("pre", "post"),
     ),
     "network.side_layers": Field(
         "layers",
         None,
-        "Tower blocks that the side network reads, from 0; None: `all` for `pre`, `every2` (1, 3, 5, ...) for `post`. "
-        "Blocks after the last one read are not computed.",
+        "Tower blocks that the side network reads, counted from 0. None: `all` for the variant `pre`, `every2` (1, 3, "
+        "5, "
+        "...) for `post`. The tower stops after the last block that is read.",
     ),
     "network.backbone_dtype": Field(
         "str",
         "auto",
-        "Type that the frozen tower is stored and run in; `auto`: that of `solver.precision` on a GPU, or float32.",
+        "Type of the frozen tower's weights and computation. `auto`: that of `solver.precision` on a GPU, float32 on a "
+        "CPU.",
         _one_of("auto", "float32", "bfloat16", "float16"),
     ),
     "network.shard_backbone": Field(
-        "bool", False, "Split the frozen tower's weights over the processes; each block is put together when it runs."
+        "bool", False, "Split the frozen tower's weights over the processes. Each block is gathered when it runs."
     ),
     # solver
-    "solver.type": Field("str", "cosine", "Learning rate after the warm-up.", _one_of("cosine", "multistep")),
-    "solver.epochs": Field("int", REQUIRED, "Passes over the training list.", _at_least(1)),
-    "solver.start_epoch": Field("int", 0, "Epoch to start with, from 0; below `solver.epochs`.", _at_least(0)),
-    "solver.lr": Field("float", REQUIRED, "Learning rate of the classifier after the warm-up.", _ABOVE_0),
-    "solver.lr_warmup_step": Field("float", 0.0, "Epochs in which the learning rate rises from 0.", _at_least(0)),
+    "solver.type": Field(
+        "str", "cosine", "Schedule of the learning rate after the warm-up.", _one_of("cosine", "multistep")
+    ),
+    "solver.epochs": Field("int", REQUIRED, "Number of passes over the training list.", _at_least(1)),
+    "solver.start_epoch": Field("int", 0, "First epoch, counted from 0. Must be below `solver.epochs`.", _at_least(0)),
+    "solver.lr": Field(
+        "float",
+        REQUIRED,
+        "Learning rate of the classifier after the warm-up. `solver.clip_ratio` sets that of the side network.",
+        _ABOVE_0,
+    ),
+    "solver.lr_warmup_step": Field(
+        "float", 0.0, "Number of warm-up epochs, in which the learning rate rises from 0.", _at_least(0)
+    ),
     "solver.lr_decay_step": Field(
         "int or list of int",
         None,
-        "`multistep` divides the rate by 10 every so many epochs, or at those listed.",
+        "`multistep` divides the learning rate by 10 every this many epochs, or at the listed epochs.",
         _STEPS,
     ),
-    "solver.evaluate": Field("bool", False, "Evaluate once and stop, without training."),
-    "solver.betas": Field("list of float", [0.9, 0.999], "AdamW's averaging factors.", _BETAS),
-    "solver.weight_decay": Field("float", 0.15, "AdamW's weight decay, on everything that is trained.", _at_least(0)),
-    "solver.clip_ratio": Field("float", 1.0, "The side network's rate is this times `solver.lr`.", _at_least(0)),
-    "solver.grad_accumulation_steps": Field("int", 1, "Batches whose gradients make one step.", _at_least(1)),
-    "solver.mixup": Field("bool", False, "Mixup or cutmix of the clips of a batch, two by two."),
-    "solver.smoothing": Field("float", 0.1, "Label smoothing; `solver.mixup` goes with 0.1.", _FRACTION),
+    "solver.evaluate": Field("bool", False, "Evaluate once and stop without training."),
+    "solver.betas": Field("list of float", [0.9, 0.999], "The two betas of AdamW.", _BETAS),
+    "solver.weight_decay": Field("float", 0.15, "Weight decay of AdamW, for all trained parameters.", _at_least(0)),
+    "solver.clip_ratio": Field(
+        "float",
+        1.0,
+        "The side network's learning rate is `solver.lr` times this (`solver.lr` for its BatchNorms).",
+        _at_least(0),
+    ),
+    "solver.grad_accumulation_steps": Field(
+        "int", 1, "Number of batches whose gradients are added for one update.", _at_least(1)
+    ),
+    "solver.mixup": Field("bool", False, "Mix the clips of each batch in pairs, by mixup or cutmix."),
+    "solver.smoothing": Field("float", 0.1, "Label smoothing. `solver.mixup` requires 0.1.", _FRACTION),
     "solver.precision": Field(
         "str",
         "amp",
-        "`amp`: bf16 where the GPU has it, else fp16; fp32 on a CPU.",
+        "Type of matrix products. `amp`: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.",
         _one_of("amp", "bf16", "fp16", "fp32"),
     ),
     "solver.recompute": Field(
         "bool",
         True,
-        "Keep the tower's tokens and each side block's input only, and compute the rest again in the backward pass: "
-        "the same gradients, in about a seventh of the memory.",
+        "Keep only the tower's tokens and the input of each side block, and compute the rest again in the backward "
+        "pass. "
+        "The gradients are the same; the memory for them is about a seventh.",
     ),
-    "solver.compile": Field("bool", False, "Compile the tower's blocks, which takes a C++ compiler and a minute."),
-    "solver.sync_bn": Field("bool", False, "BatchNorm statistics over all processes instead of each one's own."),
-    "solver.clip_grad": Field("float", None, "Largest norm of the gradient; above, it is scaled down to it.", _ABOVE_0),
+    "solver.compile": Field(
+        "bool", False, "Compile the blocks of the tower. This needs a C++ compiler and takes a minute."
+    ),
+    "solver.sync_bn": Field(
+        "bool", False, "Compute BatchNorm statistics over all processes. False: each process uses its own clips."
+    ),
+    "solver.clip_grad": Field(
+        "float", None, "Largest norm of the gradient. A larger gradient is scaled down to it. None: no limit.", _ABOVE_0
+    ),
     # test
-    "test.view_batch": Field("int", None, "Views in the model at once; None takes `data.batch_size`.", _at_least(1)),
+    "test.view_batch": Field(
+        "int", None, "Number of views that the model evaluates at once. None: `data.batch_size`.", _at_least(1)
+    ),
     "test.remap_labels": Field(
-        "bool", False, "Accept a checkpoint with the classes of `data.label_list` in another order; scores follow it."
+        "bool",
+        False,
+        "Accept a checkpoint whose classes have another order than `data.label_list`. Scores are put in the list's "
+        "order.",
     ),
     # logging
     "logging.save_minutes": Field(
         "float",
         10.0,
-        "Minutes from one checkpoint inside an epoch to the next; None saves at the end of an epoch only.",
+        "Minutes between two checkpoints inside an epoch. None: save at the end of each epoch only.",
         _ABOVE_0,
         optional=True,
     ),
-    "logging.keep": Field("int", 2, "Number of newest checkpoints that stay in the folder of a run.", _at_least(1)),
-    "logging.print_freq": Field("int", 10, "Iterations from one printed line to the next.", _at_least(1)),
-    "logging.eval_freq": Field("int", 1, "Epochs from one evaluation to the next.", _at_least(1)),
-    "logging.skip_epoch": Field("list of int", [], "Epochs, from 0, that are saved but not evaluated.", _EPOCHS),
+    "logging.keep": Field("int", 2, "Number of newest checkpoints that are kept in the folder of a run.", _at_least(1)),
+    "logging.print_freq": Field("int", 10, "Print a line every this many iterations.", _at_least(1)),
+    "logging.eval_freq": Field("int", 1, "Evaluate every this many epochs.", _at_least(1)),
+    "logging.skip_epoch": Field(
+        "list of int", [], "Epochs, counted from 0, that are not evaluated. They are saved.", _EPOCHS
+    ),
 }
 
-# Key -> the value it may have (ANY, or that of the other key named here), and why.
+# Keys of older configurations -> the accepted value (ANY: every value; a key: the value of that key), and the reason.
 LEGACY = {
-    "data.seg_length": (1, "A segment gives one frame; use `data.num_segments` for more frames."),
+    "data.seg_length": (1, "A segment gives one frame. For more frames, use `data.num_segments`."),
     "network.tm": (False, "The side network is the only temporal module."),
     "network.drop_out": (0, "The frozen tower has no dropout; use `network.drop_fc` for the classifier's."),
     "network.emb_dropout": (0, "The frozen tower has no dropout; use `network.drop_fc` for the classifier's."),
-    "network.type": (ANY, "`network.arch` says it all."),
-    "network.sim_header": (None, "The clip's feature is a mean, with no further head."),
-    "network.joint_st": (False, "Attention runs inside each frame, convolution across frames."),
+    "network.type": (ANY, "`network.arch` names the model."),
+    "network.sim_header": (None, "The feature of a clip is the mean over its tokens."),
+    "network.joint_st": (False, "Attention runs inside each frame, and convolutions run across frames."),
     "network.n_emb": ("network.side_dim", "Another name of `network.side_dim`, and must equal it."),
     "network.sync_bn": ("solver.sync_bn", "Another name of `solver.sync_bn`, and must equal it."),
     "network.fix_clip": (ANY, "The tower is always frozen."),
@@ -340,28 +437,37 @@ LEGACY = {
     "solver.epoch_offset": (0, "Use `resume` or `solver.start_epoch`."),
     "solver.optim": ("adamw", "AdamW is the only optimizer; see `solver.betas` and `solver.weight_decay`."),
     "solver.loss_type": ("CE", "Cross entropy is the only loss; see `solver.smoothing`."),
-    "solver.layer_decay": (1.0, "Layers share one rate; `solver.clip_ratio` sets it apart from the classifier's."),
-    "solver.momentum": (ANY, "AdamW has none; see `solver.betas`."),
+    "solver.layer_decay": (
+        1.0,
+        "All layers of the side network share one learning rate, which `solver.clip_ratio` sets.",
+    ),
+    "solver.momentum": (ANY, "AdamW has no momentum; see `solver.betas`."),
 }
 
 _HEAD = """# Configuration
 
-Written by `python -m utils.config_schema > docs/configuration.md`: change the sentences there.
+This page is printed by `python -m utils.config_schema > docs/configuration.md`. To change it, edit
+`utils/config_schema.py`.
 
-A run is one YAML file, and any number of `key=value` after it on the command line, where the same rules hold:
-`solver.lr=1e-3`, `logging.skip_epoch=[0,1]`, `network.backbone_kwargs.depth=4`. Paths are relative to the folder that
-the program runs in, the repository root; that of `base` to the file that says it. An unknown key is an error."""
+A run is described by one YAML file. Any number of `key=value` may follow it on the command line and replace its values,
+for example `solver.lr=1e-3`, `logging.skip_epoch=[0,1]` or `network.backbone_kwargs.depth=4`. Paths are relative to the
+folder that the program runs in, which is the repository root. Only the path in `base` is relative to its own file. An
+unknown key is an error that names the nearest key.
+
+A value that is None because the protocol or the tower decides it is filled in right after loading
+(`engine/configuration.py`). The `config.yaml` in the folder of a run holds the values that were filled in."""
 
 
 def markdown() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     lines = [_HEAD]
-    for section, what in {"": "the run", **SECTIONS}.items():
+    for section, title in {"": "the run", **SECTIONS}.items():
         fields = {key: field for key, field in FIELDS.items() if key.rpartition(".")[0] == section}
         rows = [(f"`{key}`", field.must, _code(field.default), field.doc) for key, field in fields.items()]
-        lines += [f"\n## {f'`{section}`' if section else 'No section'}: {what}\n"]
-        lines += _table(("key", "type", "default", "what it does"), rows)
-    lines += ["\n## Keys of older configurations\n\nAccepted with this value, and dropped; an error otherwise.\n"]
+        lines += [f"\n## {f'`{section}`' if section else 'No section'}: {title}\n"]
+        lines += _table(("key", "type", "default", "meaning"), rows)
+    lines += ["\n## Keys of older configurations\n"]
+    lines += ["Each key is accepted with this value and then ignored. Another value is an error.\n"]
     lines += _table(("key", "value", "why"), [(f"`{key}`", _code(value), why) for key, (value, why) in LEGACY.items()])
     return "\n".join(lines) + "\n"
 

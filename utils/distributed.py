@@ -1,15 +1,14 @@
-"""Processes: torch.distributed when a launcher started us, one plain process otherwise. Both take the same calls."""
+"""Processes: torch.distributed if a launcher started this program, otherwise one process. Same calls for both."""
 
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 
 def init_distributed() -> torch.device:
-    """Join the launcher's process group if there is one (nccl on CUDA, gloo else) and return this process's device."""
+    """Join the launcher's process group, if any (nccl on CUDA, otherwise gloo), and return this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -20,6 +19,7 @@ def init_distributed() -> torch.device:
 
 
 def close_distributed() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -33,7 +33,7 @@ def get_world_size() -> int:
 
 
 def get_local_world_size() -> int:
-    """Processes of this run on this machine."""
+    """Number of processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
@@ -42,24 +42,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-class Traffic:
-    """Bytes that this process has handed to all-reduce: gradients, statistics, losses."""
-
-    reduced = 0
-
-
-def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
-    """In place over all processes; nothing happens in a single one."""
+def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce a tensor in place over all processes and return it; without a process group, return it unchanged."""
     if dist.is_initialized():
-        Traffic.reduced += tensor.nbytes
         dist.all_reduce(tensor, op)
     return tensor
-
-
-def average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DistributedDataParallel's own way with gradients, as a communication hook, which counts them."""
-    Traffic.reduced += bucket.buffer().nbytes
-    return allreduce_hook(None, bucket)
 
 
 class Agreement:
@@ -69,8 +56,8 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[Any, torch.Tensor] | None = None  # the work, and the wishes that it reduces
 
     def largest(self, wish: int) -> int:
         """The largest wish of all processes in their call before this one; in a single process, this wish.
@@ -91,16 +78,16 @@ class Agreement:
 
 
 def gather(values: list) -> list:
-    """The lists of all processes as one, process by process, on every process."""
-    lists = [values]
+    """Return the lists of all processes joined into one, in the order of ranks, on every process."""
+    lists: list[list] = [values]
     if dist.is_initialized():
-        lists = [None] * dist.get_world_size()
+        lists = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(lists, values)
     return [value for values in lists for value in values]
 
 
 def from_first(value: Any) -> Any:
-    """The value that process 0 holds, on every process."""
+    """Return the value of process 0, on every process."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)

@@ -1,4 +1,4 @@
-"""Bad input ends the program with one line that names the file, line or key, and what to do about it."""
+"""Errors in what the user gave. Each ends the program with one line: the file, line or key, and the remedy."""
 
 import os
 import sys
@@ -9,35 +9,35 @@ from utils.signals import Stopped, StopSignals
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: configuration, data, checkpoint. Its message is one line.
+    """A mistake in the configuration, the data or a checkpoint. The message is one line.
 
-    Built from one string, so that a DataLoader can raise a worker's error again in the main process.
+    The constructor takes one string, because a DataLoader rebuilds a worker's error from its message alone.
     """
 
     @property
     def line(self) -> str:
-        """The message without the traceback that a DataLoader worker wraps around it."""
+        """The message without the traceback that a DataLoader adds to a worker's error."""
         last = str(self).strip().rsplit("\n", 1)[-1]
         return last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
 
 
 class ConfigError(UserError):
-    """A configuration file or an override that cannot be used."""
+    """A configuration file or an override is wrong."""
 
 
 class DataError(UserError):
-    """An annotation list, a frame or a video that cannot be used."""
+    """An annotation list, a frame or a video cannot be used."""
 
 
 class CheckpointError(UserError):
-    """A weight file or a checkpoint that does not fit."""
+    """A weight file or a checkpoint does not fit the model."""
 
 
 def run_program(main: Callable[[list[str]], object]) -> None:
-    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 1.
+    """Run `main(argv)`. A UserError becomes one line on stderr and exit status 1.
 
-    The line is also appended to the file named by SIDE4VIDEO_ERROR_FILE, so that a script can repeat it below the
-    report that torch.distributed.run prints about a failed process.
+    The line is also appended to the file that SIDE4VIDEO_ERROR_FILE names. scripts/launch.sh repeats it below the long
+    report of torch.distributed.run.
     """
     try:
         with StopSignals():

@@ -1,4 +1,4 @@
-"""Logging of the programs: process 0 to stdout and to a file, the others only what is a warning."""
+"""Logging of the programs: process 0 writes to stdout and to a file, other processes write warnings to stdout."""
 
 import logging
 import sys
@@ -8,7 +8,10 @@ from utils.distributed import get_rank
 
 
 def setup_logging(log_file: Path | None = None) -> None:
-    """Route all loggers of this process. Calling it again replaces what an earlier call set up."""
+    """Send all log records of this process to stdout, and on process 0 to `log_file` as well.
+
+    Another call replaces the handlers of the call before.
+    """
     rank = get_rank()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if rank == 0 and log_file is not None:

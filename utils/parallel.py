@@ -1,4 +1,7 @@
-"""One function over many items in several processes: in order, in bounded memory, and no lost item stops it."""
+"""Apply one function to many items in several processes, in order and with bounded memory.
+
+An item that ends its process, such as a video that crashes the decoder, gets a result of its own, and the others go on.
+"""
 
 import contextlib
 import multiprocessing
@@ -6,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -15,63 +18,62 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 8  # items under way for each process: enough to go on beside a long video
+AHEAD = 8  # items submitted per process: the other processes stay busy while one works on a long video
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, died: Callable[[Item], Result]
-) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) in the order of `items`, of which only a few are taken ahead.
+) -> Generator[tuple[Item, Result], None, None]:
+    """Yield (item, function(item)) in the order of `items`. At most `workers * AHEAD` items are taken in advance.
 
     Args:
-        function: sent to new processes, as the items are: defined in a module, or a `functools.partial` of such.
-        workers: number of processes; 0 works in this one.
-        died: the result of an item whose process ends while it works on it: a crash in a decoder, memory used up.
+        function: pickled, and so are the items: a function at module level, or a `functools.partial` of one.
+        workers: number of processes; 0 runs `function` in this process.
+        died: makes the result of an item whose process ends while working on it, by a crash or by lack of memory.
 
-    What `function` raises is raised here. Then, and when the iterator is closed or interrupted, nobody waits: the
-    processes end at once, with whatever they were at. They also end when this process is killed.
+    An exception of `function` is raised here. Then, and when the generator is closed or interrupted, the workers are
+    terminated at once; work in progress is lost. The workers also end when this process is killed.
     """
     if workers == 0:
         yield from ((item, function(item)) for item in items)
         return
-    items, pending = iter(items), deque()
+    items = iter(items)
+    pending: deque[tuple[Item, Future[Result]]] = deque()
     while True:
         try:
             with _pool(workers) as pool:
                 while True:
-                    pending += ((item, _submit(pool, function, item)) for item in _take(items, workers, pending))
+                    taken = islice(items, workers * AHEAD - len(pending))
+                    pending += [(item, _submit(pool, function, item)) for item in taken]
                     if not pending:
                         return
                     item, future = pending[0]
                     result = future.result()
                     pending.popleft()
                     yield item, result
-        except BrokenProcessPool:  # which item did it shows when each is tried alone
+        except BrokenProcessPool:  # does not tell which item ended its process: run each unfinished item alone
             for item, future in pending:
                 broken = not future.done() or isinstance(future.exception(), BrokenProcessPool)
-                yield item, _alone(function, item, died) if broken else future.result()
+                yield item, _run_alone(function, item, died) if broken else future.result()
             pending.clear()
 
 
-def _take(items: Iterator[Item], workers: int, pending: deque) -> list[Item]:
-    return list(islice(items, workers * AHEAD - len(pending)))
-
-
-def _submit(pool: ProcessPoolExecutor, function: Callable, item: object) -> Future:
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """Submit an item; in a broken pool return a failed future, so that the item is kept and runs alone later."""
     try:
         return pool.submit(function, item)
     except BrokenProcessPool as error:
-        future = Future()
+        future: Future[Result] = Future()
         future.set_exception(error)
         return future
 
 
-def _alone(function: Callable[[Item], Result], item: Item, died: Callable[[Item], Result]) -> Result:
+def _run_alone(function: Callable[[Item], Result], item: Item, died: Callable[[Item], Result]) -> Result:
     try:
         with _pool(1) as pool:
             return pool.submit(function, item).result()
@@ -82,7 +84,7 @@ def _alone(function: Callable[[Item], Result], item: Item, died: Callable[[Item]
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     others = set(multiprocessing.active_children())
-    # Spawned, since a fork of a process with threads (the progress bar has one) can hang.
+    # "spawn", because forking a process that has threads (the progress bar has one) can deadlock.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
         yield pool
@@ -95,11 +97,13 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a child process
 
-    def follow(parent: multiprocessing.process.BaseProcess) -> None:
+    def follow() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()

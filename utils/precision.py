@@ -1,4 +1,4 @@
-"""`solver.precision` -> autocast and gradient scaling on the device at hand."""
+"""Precision of training and evaluation: autocast and gradient scaling for `solver.precision`."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +10,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Precision:
-    """The type that matrix products run in. Weights, optimizer and statistics stay in float32."""
+    """The type of matrix products: `name` is bf16, fp16 or fp32.
+
+    What is trained, the optimizer's state and BatchNorm's statistics stay in float32.
+    """
 
     name: str
     device: torch.device
@@ -19,18 +22,22 @@ class Precision:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.name]
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context for forward passes; it changes nothing for fp32."""
         if self.name == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss for fp16 only; in the other types it passes everything through."""
+        """A scaler of the loss for fp16. For the other types it is disabled and changes nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def resolve_precision(setting: str, device: torch.device) -> Precision:
-    """`amp` is bf16 where the GPU has it, else fp16; on a CPU it is fp32. The other settings are taken as they are."""
+    """Return the precision of a setting.
+
+    `amp` means bf16 on a GPU that supports it, fp16 on other GPUs, and fp32 on a CPU.
+    """
     if setting == "amp":
         if device.type == "cuda":
             setting = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,6 +1,7 @@
-"""Random streams: a training sample is a function of (seed, epoch, index, repeat), of nothing else.
+"""Random streams. Each is a function of its key, so a resumed run draws the same as an unbroken one.
 
-What happens to a batch on the device is one of (seed, epoch, iteration, process).
+A training sample depends on (seed, epoch, index, repeat) only, whatever the number of loader workers. The augmentation
+of a batch on the device depends on (seed, epoch, iteration, process).
 """
 
 import random
@@ -12,28 +13,28 @@ import torch
 
 
 def sample_rng(seed: int, epoch: int, index: int, repeat: int | None = None) -> np.random.Generator:
-    """The stream that draws a sample's frames, or, with `repeat`, the one that augments this repeat of it."""
+    """Return the stream that draws the frames of a sample or, with `repeat`, the one that augments this repeat."""
     stream = 0 if repeat is None else repeat + 1
     return _generator(seed, epoch, index, stream)
 
 
 def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
-    """The stream that orders the videos of one epoch, the same on every process."""
+    """Return the stream that orders the videos of one epoch. It is the same on every process."""
     return _generator(seed, epoch)
 
 
 def epoch_order(seed: int, epoch: int, num_videos: int) -> np.ndarray:
-    """The videos in the order of one epoch, the same on every process and in every loader worker."""
+    """Return the video indices in the order of one epoch, int64 (num_videos,). Every process gets the same order."""
     return epoch_rng(seed, epoch).permutation(num_videos)
 
 
 def shot_rng(seed: int) -> np.random.Generator:
-    """The stream that chooses the videos of a few-shot run, the same on every process."""
+    """Return the stream that chooses the videos of a few-shot run. It is the same on every process."""
     return _generator(seed)
 
 
 def seed_everything(seed: int, *key: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (every device), differently for every key."""
+    """Seed the global generators of Python, NumPy and PyTorch (all devices). Each key gives another seed."""
     value = _word(seed, key)
     random.seed(value)
     np.random.seed(value)
@@ -42,7 +43,7 @@ def seed_everything(seed: int, *key: int) -> None:
 
 @contextmanager
 def seeded_globals(seed: int, *key: int) -> Iterator[None]:
-    """Inside, Python's and NumPy's global generators draw what the arguments say; afterwards they go on as before."""
+    """Seed the global generators of Python and NumPy inside the context, and restore their states afterwards."""
     python, numpy, value = random.getstate(), np.random.get_state(), _word(seed, key)
     random.seed(value)
     np.random.seed(value)
@@ -62,5 +63,5 @@ def _word(seed: int, key: tuple[int, ...]) -> int:
 
 
 def _sequence(seed: int, key: tuple[int, ...]) -> np.random.SeedSequence:
-    # The key goes into spawn_key: as plain entropy, NumPy pads with zeros and [1, 2, 3] would equal [1, 2, 3, 0].
+    # The key is the spawn_key: NumPy pads entropy with zeros, so there (1, 2, 3) and (1, 2, 3, 0) would be the same.
     return np.random.SeedSequence(seed, spawn_key=key)

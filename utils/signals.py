@@ -10,10 +10,10 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """A signal has stopped the program. `run_program` ends it with `status` and one line.
 
-    Not an Exception, as KeyboardInterrupt is none, so that code which survives errors does not survive this.
+    A KeyboardInterrupt, because code that clears up after Ctrl-C must do the same after the other signals.
     """
 
     def __init__(self, number: int, saved: str = ""):

@@ -1,0 +1,262 @@
+"""Check the files of one video (for tools/check_data.py): decode them to their end and report what is wrong."""
+
+import hashlib
+import io
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import av
+import simplejpeg
+from PIL import Image
+
+from datasets.annotations import VideoRecord
+from datasets.decoders import decode_all
+from datasets.frame_files import frame_pattern
+from datasets.readers import JPEG_START, VideoFileReader
+from utils.errors import UserError
+
+CHUNK = 1 << 20
+HASH_BYTES = 16
+WHOLE_SHARE = 0.9  # of the stated length: the last frame may be shown longer, or the sound may outlast the pictures
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong.
+
+    severity: "error" or "warning"
+    kind: one word; only the first findings of a kind are printed
+    place: FILE:LINE, or FILE for a list or the configuration as a whole
+    message: what is wrong
+    path: the video's path in the list, None if the finding is not about one video
+    """
+
+    severity: str
+    kind: str
+    place: str
+    message: str
+    path: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.severity}: {self.message}"
+
+    @classmethod
+    def at(cls, record: VideoRecord, severity: str, kind: str, message: str) -> "Finding":
+        """A finding about the video of one line."""
+        return cls(severity, kind, record.source, message, record.path)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A video to check.
+
+    part: "train" or "val"
+    root: folder that the record's path is relative to
+    """
+
+    part: str
+    root: str
+    record: VideoRecord
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.root, self.record.path)
+
+
+# Findings of one video, and the hash of its content, None if it is not to be compared with other videos.
+Checked = tuple[list[Finding], bytes | None]
+
+
+def died(task: Task) -> Checked:
+    """The result for a video whose process ended."""
+    message = f"{task.path}: the process that read it ended: a crash in the decoder, or not enough memory"
+    return [Finding.at(task.record, "error", "unreadable", message)], None
+
+
+# Folders of frames
+
+
+def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frames: bool) -> Checked:
+    """Check the numbers of the frames and decode each one. A folder with findings gets no hash."""
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    findings = list(frame_folder_findings(task, image_tmpl, index_base, count_frames, digest))
+    return findings, None if findings else digest.digest()
+
+
+def frame_folder_findings(
+    task: Task, image_tmpl: str, index_base: int, count_frames: bool, digest: "hashlib.blake2b"
+) -> Iterator[Finding]:
+    """What is wrong with a folder of frames. Updates `digest` with the content of every frame."""
+    record = task.record
+    folder, template = os.path.split(os.path.join(task.path, image_tmpl))
+    try:
+        files = set(os.listdir(folder))
+    except OSError as error:
+        yield Finding.at(record, "error", "missing", f"{folder}: {error.strerror}")
+        return
+    pattern = frame_pattern(template)
+    count = sum(pattern.fullmatch(file) is not None for file in files)
+    if not count:
+        message = f"{folder}: no file like {template.format(index_base)} in it; check data.image_tmpl"
+        yield Finding.at(record, "error", "missing", message)
+        return
+
+    num_frames = count if count_frames else record.num_frames
+    wanted = [template.format(number) for number in range(index_base, index_base + num_frames)]
+    missing = [name for name in wanted if name not in files]
+    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}, {count} files"
+    if index_base == 1:
+        shifted = bool(missing) and template.format(0) in files
+    else:
+        shifted = wanted[0] in missing and template.format(num_frames) in files
+    if shifted:
+        message = f"numbered from {1 - index_base}, not from {index_base}: {missing[0]} is missing; {listed}"
+        yield Finding.at(record, "error", "index_base", f"{folder}: {message}; see data.index_base")
+    elif missing:
+        kind = "gap" if set(wanted[wanted.index(missing[0]) :]) & files else "count"
+        yield Finding.at(record, "error", kind, f"{folder}: {and_more(missing)} missing; {listed}")
+    elif count > num_frames:
+        yield Finding.at(record, "warning", "count", f"{folder}: {listed}: the others are never read")
+
+    sizes: Counter[tuple[int, int]] = Counter()
+    broken: dict[str, list[tuple[str, Exception]]] = defaultdict(list)
+    damaged: list[tuple[str, str]] = []
+    for name in (name for name in wanted if name in files):
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                content = file.read()
+            digest.update(content)
+            size, complaint = decoded(content)
+            sizes[size] += 1
+            if complaint is not None:
+                damaged.append((name, complaint))
+        except Exception as error:  # Pillow raises many exception types for broken files
+            broken["empty" if isinstance(error, EOFError) else "unreadable"].append((name, error))
+    for kind, cases in broken.items():
+        reason = "" if kind == "empty" else f" ({cases[0][1]})"
+        message = f"{folder}: {and_more([name for name, _ in cases])} {kind}{reason}; extract it again"
+        yield Finding.at(record, "error", kind, message)
+    if damaged:
+        names = and_more([name for name, _ in damaged])
+        message = f"{folder}: {names} damaged, but decoded ({damaged[0][1]}); extract it again"
+        yield Finding.at(record, "warning", "damaged", message)
+    if len(sizes) > 1:
+        yield Finding.at(record, "warning", "sizes", f"{folder}: {shown_sizes(sizes)}")
+
+
+def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
+    """((width, height), complaint of libjpeg or None) of an image that can be decoded to its end.
+
+    Raises what Pillow raises, and EOFError for no content. simplejpeg decodes JPEG files first: Pillow says nothing
+    about damage inside them.
+    """
+    if not content:
+        raise EOFError
+    complaint = None
+    if content.startswith(JPEG_START):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+            if colours not in ("CMYK", "YCCK"):
+                # Decoding at 1/8 of the size reads every bit and skips most transforms, which cannot fail.
+                simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
+                return (width, height), None
+        except ValueError as error:
+            complaint = str(error)
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return image.size, complaint
+
+
+# Video files
+
+
+def check_video_file(task: Task, decoder: str) -> Checked:
+    """Decode a video to its end with PyAV, then read its last frame with `decoder`, as training does.
+
+    A video that PyAV cannot decode to its end gets no hash.
+    """
+    record, path = task.record, task.path
+    if not os.path.isfile(path):
+        shorter = path.rpartition(" ")[0]
+        too_many = os.path.isfile(shorter) and f"; {shorter} is: a line must read 'path label', with no number between"
+        return [Finding.at(record, "error", "missing", f"{path}: no such video{too_many or ''}")], None
+    if os.path.getsize(path) == 0:
+        return [Finding.at(record, "error", "empty", f"{path}: the file is empty")], None
+
+    sizes: Counter[tuple[int, int]] = Counter()
+    corrupt, times = 0, []
+    try:
+        for frame in decode_all(path):
+            sizes[frame.width, frame.height] += 1
+            corrupt += frame.is_corrupt
+            times.append(frame.time)
+        stated = stated_seconds(path)
+        digest = file_hash(path)
+    except Exception as error:  # decoders raise many exception types
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        message = f"{path}: cannot be decoded after {len(times)} frames ({reason})"
+        return [Finding.at(record, "error", "unreadable", message)], None
+    if not times:
+        return [Finding.at(record, "error", "unreadable", f"{path}: no frame can be decoded")], None
+
+    findings = list(reading_findings(task, decoder, len(times)))
+    if corrupt:
+        message = f"{path}: {corrupt} of {len(times)} frames are damaged, says the decoder"
+        findings.append(Finding.at(record, "warning", "damaged", message))
+    if stated is not None and len(times) > 1:
+        shown = (times[-1] - times[0]) * len(times) / (len(times) - 1)
+        if shown < WHOLE_SHARE * stated:
+            message = f"{path}: the pictures end after {shown:.2f} s of the {stated:.2f} s that the file states"
+            findings.append(Finding.at(record, "warning", "cut_off", message))
+    if len(sizes) > 1:
+        findings.append(Finding.at(record, "warning", "sizes", f"{path}: {shown_sizes(sizes)}"))
+    return findings, digest
+
+
+def reading_findings(task: Task, decoder: str, num_frames: int) -> Iterator[Finding]:
+    """What goes wrong when the reader of training counts the frames and reads the last one."""
+    try:
+        video = VideoFileReader(task.root, decoder).open(task.record)
+        if video.num_frames != num_frames:
+            message = f"{task.path}: {decoder} counts {video.num_frames} frames, but {num_frames} can be decoded"
+            yield Finding.at(task.record, "error", "unreadable", message)
+        video.read([video.num_frames - 1])
+    except UserError as error:
+        message = f"{task.path}: {error.line.removeprefix(f'{task.path}: ')}"
+        yield Finding.at(task.record, "error", "unreadable", message)
+
+
+def stated_seconds(path: str) -> float | None:
+    """The length of the pictures that a Matroska or WebM file states, in seconds.
+
+    Decoding a file of these formats that was cut off raises no error, so the length has to be compared. None for other
+    formats, and where the length is unknown, as in a file with sound and no tag.
+    """
+    with av.open(path) as container:
+        if "matroska" not in container.format.name:
+            return None
+        stream = container.streams.best("video")
+        tag = stream.metadata.get("DURATION")
+        if tag is not None:
+            hours, minutes, seconds = tag.split(":")
+            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        alone = len(container.streams) == 1 and container.duration is not None
+        return container.duration / av.time_base if alone else None
+
+
+def file_hash(path: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def and_more(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def shown_sizes(sizes: Counter[tuple[int, int]]) -> str:
+    return "frames of several sizes: " + ", ".join(f"{width}x{height} ({n})" for (width, height), n in sizes.items())
