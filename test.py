@@ -9,9 +9,11 @@ python test.py --config CONFIG --weights CHECKPOINT [...]             one device
 """
 
 import argparse
+import hashlib
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from dotmap import DotMap
 
@@ -22,14 +24,16 @@ from engine.class_names import class_order
 from engine.configuration import read_config
 from engine.loops import evaluate
 from engine.metrics import class_accuracy, topk_accuracy
-from engine.scores import Scores, save_scores
+from engine.scores import PartialScores, Scores, save_scores
 from engine.summary import describe_model
 from modules import build_model
 from modules.checkpoint import describe_checkpoint, holds_tower, load_model_state, read_checkpoint
+from modules.hashing import hash_tensors
+from utils.atomic import probe
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
 from utils.errors import DataError, run_program
 from utils.logger import setup_logging
-from utils.precision import resolve_precision
+from utils.precision import Precision, resolve_precision
 
 log = logging.getLogger("test")
 
@@ -54,14 +58,27 @@ def main(argv: list[str]) -> None:
         overrides.append(f"solver.precision={args.precision}")
     config = read_config(args.config, overrides, purpose="test")
 
-    result = test(config, args.weights, args.test_crops, args.test_clips, scores_only=args.save_scores is not None)
-    if args.save_scores and get_rank() == 0:
-        save_scores(Path(args.save_scores), result)
-        log.info("scores: %s", args.save_scores)
+    file = Path(args.save_scores) if args.save_scores else None
+    if file is not None:
+        probe(file)
+    views = (args.test_crops, args.test_clips)
+    result = test(config, args.weights, *views, scores_only=file is not None, partial_file=file)
+    if file is not None and get_rank() == 0:
+        save_scores(file, result)
+        PartialScores.remove_all(file)
+        log.info("scores: %s", file)
     close_distributed()
 
 
-def test(config: DotMap, weights: str, crops: int = 1, clips: int = 1, *, scores_only: bool = True) -> Scores:
+def test(
+    config: DotMap,
+    weights: str,
+    crops: int = 1,
+    clips: int = 1,
+    *,
+    scores_only: bool = True,
+    partial_file: Path | None = None,
+) -> Scores:
     """Score every video of `data.val_list` with V = crops x clips views.
 
     Args:
@@ -70,17 +87,21 @@ def test(config: DotMap, weights: str, crops: int = 1, clips: int = 1, *, scores
         crops: 1, 3, 5 or 10 crops of a clip.
         clips: clips of a video.
         scores_only: accept a list without labels, from which only scores can come.
+        partial_file: the file that the scores will go to; beside it, those of an unfinished test are kept, and one that
+            was interrupted goes on from them.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit the configuration.
-        DataError: the list or a video cannot be read.
+        DataError: the list or a video cannot be read, or the partial scores are those of another test.
+        NonFiniteScoresError: the model gives NaN or infinity.
     """
     device = init_distributed()
     setup_logging()
     precision = resolve_precision(config.solver.precision, device)
 
     # Data first: a list without labels is refused before a large model is loaded.
-    loader = build_eval_loader(config, get_rank(), get_world_size(), clips=clips, crops=crops, unlabelled=True)
+    views = {"rank": get_rank(), "world_size": get_world_size(), "clips": clips, "crops": crops, "unlabelled": True}
+    loader = build_eval_loader(config, **views)
     dataset = loader.dataset
     if dataset.labels[0] == UNLABELLED and not scores_only:
         raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
@@ -91,29 +112,25 @@ def test(config: DotMap, weights: str, crops: int = 1, clips: int = 1, *, scores
     model = build_model(config, load_tower=not holds_tower(checkpoint))
     load_model_state(model, checkpoint, weights)
     log.info(describe_checkpoint(checkpoint, weights))
+    protocol = describe_test(config, precision, weights, crops, clips) | {
+        "model_sha256": hash_tensors(model.trained.state_dict()),
+        "list_sha256": hashlib.sha256(Path(config.data.val_list).read_bytes()).hexdigest(),
+    }
     model.place(device, config.network.shard_backbone, config.solver.compile)
     for line in describe_model(config, model):
         log.info(line)
 
+    partial = None if partial_file is None else PartialScores(partial_file, protocol)
+    if partial and partial.done:
+        log.info("scores: %d of %d videos are done, in %s.partial-*", len(partial.done), len(dataset), partial_file)
+        loader = build_eval_loader(config, **views, done=partial.done)
     started = time.perf_counter()
-    scores = evaluate(model, loader, precision, config)
-    protocol = {
-        "dataset": config.data.dataset,
-        "protocol": config.data.protocol,
-        "num_segments": config.data.num_segments,
-        "index_base": config.data.index_base,
-        "resize": config.data.resize,
-        "input_size": config.data.input_size,
-        "mean": config.data.mean,
-        "std": config.data.std,
-        "test_crops": crops,
-        "test_clips": clips,
-        "dense": config.data.dense,
-        "precision": precision.name,
-        "checkpoint": str(weights),
-        "list": config.data.val_list,
-        "decoder": describe_decoder(config.data),
-    }
+    try:
+        scores = evaluate(model, loader, precision, config, partial)
+    except BaseException:
+        if partial:
+            partial.write()
+        raise
     result = Scores(
         paths=[record.path for record in dataset.records],
         labels=dataset.labels,
@@ -123,6 +140,21 @@ def test(config: DotMap, weights: str, crops: int = 1, clips: int = 1, *, scores
     )
     report(result, seconds=time.perf_counter() - started)
     return result
+
+
+def describe_test(config: DotMap, precision: Precision, weights: str, crops: int, clips: int) -> dict[str, Any]:
+    """What decides the scores beside the weights and the videos."""
+    data = config.data
+    keys = ("dataset", "protocol", "num_segments", "index_base", "resize", "input_size", "mean", "std", "dense")
+    return {
+        **{key: data[key] for key in keys},
+        "test_crops": crops,
+        "test_clips": clips,
+        "precision": precision.name,
+        "checkpoint": str(weights),
+        "list": data.val_list,
+        "decoder": describe_decoder(data),
+    }
 
 
 def report(result: Scores, seconds: float) -> None:

@@ -27,10 +27,11 @@ from engine.training_state import (
     load_start,
     percent,
     refuse_changes,
+    refuse_without_optimizer,
     restore_training,
 )
 from modules import build_model
-from modules.checkpoint import checkpoint_state, holds_tower, model_state
+from modules.checkpoint import checkpoint_bytes, checkpoint_state, holds_tower, model_state
 from modules.side4video import Side4Video
 from utils.distributed import close_distributed, gather, get_rank, get_world_size, init_distributed
 from utils.errors import ConfigError, run_program
@@ -78,8 +79,11 @@ def train_in(
 
     # Where to start. It comes before the data: another number of processes changes the batch.
     source, start = find_start(config, folder.path)
+    if only_evaluate and start is None:
+        raise ConfigError("solver.evaluate: there is no checkpoint to evaluate; set resume or pretrain")
     resumed = start is not None and config.resume is not None
     if resumed and not only_evaluate:
+        refuse_without_optimizer(start, source)
         config = keep_global_batch(start, source, config, get_world_size())
         refuse_changes(start, source, config, allow_config_change)
         if start["epoch"] >= config.solver.epochs:
@@ -114,7 +118,7 @@ def train_in(
     if resumed:
         progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config)
         folder.carry_best(source, progress)
-    folder.begin(config)
+    folder.begin(config, checkpoint_bytes(model, model_part))
 
     def state(epoch: int, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
         return checkpoint_state(

@@ -3,7 +3,7 @@
 B clips (repeats and views counted), T frames of a clip, H, W pixels, V views of a test video.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ def build_eval_loader(
     crops: int = 1,
     dense: bool | None = None,
     unlabelled: bool = False,
+    done: Collection[int] = (),
 ) -> VideoLoader:
     """Return a loader of this process's share of `data.val_list`, in list order, with V = crops * clips views each.
 
@@ -105,6 +106,7 @@ def build_eval_loader(
         config: a resolved configuration.
         dense: whether sampling is dense; None takes `data.dense`.
         unlabelled: accept a list in which every label is -1.
+        done: indices of videos that are left out.
 
     Raises:
         DataError: the lists cannot be used.
@@ -119,7 +121,8 @@ def build_eval_loader(
         num_clips=clips,
     )
     videos = max(1, config.test.view_batch // (clips * crops))
-    return _loader(config, dataset, range(rank, len(dataset), world_size), videos)
+    own = [index for index in range(rank, len(dataset), world_size) if index not in done]
+    return _loader(config, dataset, own, videos)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -14,15 +14,21 @@ from tqdm import tqdm
 from datasets.batch_augment import BatchAugment
 from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
+from datasets.video_dataset import VideoDataset
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
+from engine.scores import PartialScores
 from modules.side4video import Side4Video
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
-from utils.errors import DataError
+from utils.errors import DataError, UserError
 from utils.precision import Precision
 from utils.seeding import seed_everything
 
 log = logging.getLogger(__name__)
+
+
+class NonFiniteScoresError(UserError):
+    """The model gives NaN or infinity for a video that could be read."""
 
 
 def train_one_epoch(
@@ -90,7 +96,13 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, config: DotMap) -> np.ndarray:
+def evaluate(
+    model: Side4Video,
+    loader: VideoLoader,
+    precision: Precision,
+    config: DotMap,
+    partial: PartialScores | None = None,
+) -> np.ndarray:
     """Mean over views of softmax(logits), for every video of the list.
 
     Each process scores its own videos; the rows are then put together, so every video is counted once on any number of
@@ -98,6 +110,8 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
 
     Args:
         loader: of `build_eval_loader`; `test.view_batch` of its views go through the model at once.
+        partial: keeps scores on the disk while the evaluation runs. Those that it has already are taken from there;
+            the loader leaves these videos out.
 
     Returns:
         float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
@@ -105,11 +119,15 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
 
     Raises:
         DataError: no video at all could be read.
+        NonFiniteScoresError: the scores of a video that could be read are not finite.
     """
     num_videos, num_classes = len(loader.dataset), config.data.num_classes
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
+    for index, row in partial.done.items() if partial and get_rank() == 0 else ():
+        scores[index] = torch.from_numpy(row)
+        counted[index] += 1
     model.eval()
 
     def logits_of(views: Tensor) -> Tensor:
@@ -128,6 +146,8 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
             indices = batch["indices"].to(precision.device, non_blocking=True)
             scores[indices] = logits.softmax(dim=-1).view(len(indices), -1, num_classes).mean(dim=1)
             counted[indices] += 1
+            if partial:
+                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy())
             progress.update(len(indices))
         size = config.data.input_size
         while any_process_works(model, precision.device, working=False):
@@ -140,11 +160,23 @@ def evaluate(model: Side4Video, loader: VideoLoader, precision: Precision, confi
     if not all_reduce(counted).eq(1).all():
         raise RuntimeError("a video was not counted exactly once; the evaluation loader is at fault")
     unreadable = sorted(gather(loader.unreadable))
+    refuse_non_finite(scores, {index for index, _ in unreadable}, loader.dataset)
     if len(unreadable) == num_videos:
         raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")
     for _, reason in unreadable:
         log.info("no scores, counted wrong: %s", reason)
     return scores.cpu().numpy()
+
+
+def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDataset) -> None:
+    """Raise NonFiniteScoresError if the scores of a readable video are not finite; arg-max over them means nothing."""
+    bad = [index for index in (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist() if index not in unreadable]
+    if bad:
+        raise NonFiniteScoresError(
+            f"the scores of {len(bad)} of {len(scores) - len(unreadable)} readable videos are not finite, the first: "
+            f"{dataset.records[bad[0]].path}; the weights are, or solver.precision is too coarse for them: try an "
+            "earlier checkpoint, or solver.precision=fp32"
+        )
 
 
 def any_process_works(model: Side4Video, device: torch.device, working: bool) -> bool:

@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ class RunFolder:
             self.path = self._make(Path(output)) if output else self._make_default(config)
             self._lock = _lock(self.path)
             self._new_log = not (self.path / LOG).exists()
+            with _output_errors(self.path), tempfile.TemporaryFile(dir=self.path):
+                pass  # the folder can be written to
             self._refuse_another_run(config)
             for unfinished in (*self.path.glob(f".{LAST[:-3]}*"), *self.path.glob(f".{BEST[:-3]}*")):
                 unfinished.unlink()  # of a run that was killed while it wrote
@@ -78,8 +81,23 @@ class RunFolder:
             self._remove_empty()
         os.close(self._lock)
 
-    def begin(self, config: DotMap) -> None:
-        """The start is over: write the configuration, and keep the folder from now on."""
+    def begin(self, config: DotMap, size: int) -> None:
+        """The start is over: write the configuration, and keep the folder from now on.
+
+        Args:
+            size: bytes of a checkpoint.
+
+        Raises:
+            ConfigError: the disk has no room for the checkpoints that the folder will hold.
+        """
+        files = 2 + config.logging.keep  # the newest ones, the best one, and the one that is being written
+        there = sum(path.stat().st_size for path in [*checkpoints(self.path), self.path / BEST] if path.exists())
+        free = shutil.disk_usage(self.path).free
+        if free < files * size - there:
+            raise ConfigError(
+                f"--output {self.path}: {free / 1e6:.1f} MB are free, but {files} checkpoints of {size / 1e6:.1f} MB "
+                f"need {(files * size - there) / 1e6:.1f} MB; make room, lower logging.keep, or name another folder"
+            )
         text = yaml.safe_dump(config.toDict(), sort_keys=False)
         write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
         self._begun = True
@@ -105,15 +123,13 @@ class RunFolder:
                 write_atomically(self.path / BEST, lambda copy: shutil.copyfileobj(file, copy))
 
     def _make(self, path: Path) -> Path:
-        try:
+        with _output_errors(path):
             for folder in [*reversed(path.parents), path]:
                 if not folder.exists():
                     folder.mkdir()
                     self._made.append(folder)
             if not path.is_dir():
                 raise NotADirectoryError(f"{path} is a file")
-        except OSError as error:
-            raise ConfigError(f"--output {path}: cannot be made: {error.strerror or error}") from error
         return path
 
     def _make_default(self, config: DotMap) -> Path:
@@ -152,7 +168,7 @@ class FollowedFolder:
 
     path: Path
 
-    def begin(self, config: DotMap) -> None:
+    def begin(self, config: DotMap, size: int) -> None:
         pass
 
     def carry_best(self, source: Path, progress: Progress) -> None:
@@ -185,6 +201,15 @@ def find_start(config: DotMap, folder: Path) -> tuple[Path | None, dict[str, Any
     else:
         source = config.resume or config.pretrain
     return (None, None) if source is None else (Path(source), read_checkpoint(source))
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--output {path}: cannot be made: {reason}; name a folder that can be written to") from error
 
 
 def _lock(folder: Path) -> int:

@@ -1,6 +1,9 @@
 """The scores of a test, and the file that holds them."""
 
+import glob
 import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from datasets.annotations import UNLABELLED
-from utils.atomic import write_atomically
+from utils.atomic import write_atomically, writing
+from utils.distributed import get_rank
+from utils.errors import DataError
+
+SECONDS_BETWEEN_WRITES = 60.0
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,78 @@ class Scores:
         return bool(self.labels[0] != UNLABELLED)
 
 
+class PartialScores:
+    """Scores of a test that is not finished, in files beside the one that it will write.
+
+    Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K)
+    and the protocol. A test with the same protocol goes on from all of them.
+    """
+
+    def __init__(self, path: Path, protocol: dict[str, Any]):
+        """
+        Args:
+            path: the file of the finished scores.
+            protocol: of the test, with the hashes of the model and of the list.
+
+        Raises:
+            DataError: there are partial scores of another test, or they cannot be read.
+        """
+        self._path, self._protocol = path, json.dumps(protocol, sort_keys=True)
+        self._own: dict[int, np.ndarray] = {}
+        self._written = time.monotonic()
+        self.done: dict[int, np.ndarray] = {}
+        for file in _partial_files(path):
+            self._read(file)
+
+    def add(self, indices: list[int], scores: np.ndarray) -> None:
+        """Scores (videos, K) of some videos; written to the disk once a minute."""
+        self._own |= dict(zip(indices, scores, strict=True))
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        """Write what this process has added so far."""
+        if self._own:
+            indices, scores = np.array(list(self._own), np.int64), np.stack(list(self._own.values()))
+            name = self._path.with_name(f"{self._path.name}.partial-{get_rank()}-{os.getpid()}.npz")
+            with writing(name):
+                write_atomically(
+                    name, lambda file: np.savez(file, indices=indices, scores=scores, protocol=self._protocol)
+                )
+        self._written = time.monotonic()
+
+    @staticmethod
+    def remove_all(path: Path) -> None:
+        """Remove the partial files of a test whose scores are in `path` now."""
+        for file in _partial_files(path):
+            file.unlink(missing_ok=True)
+
+    def _read(self, file: Path) -> None:
+        try:
+            with np.load(file) as content:
+                protocol, indices, scores = (content[name] for name in ("protocol", "indices", "scores"))
+        except Exception as error:  # NumPy and zipfile raise many kinds
+            raise DataError(f"{file}: cannot be read ({error}); remove it, and its videos are scored again") from error
+        if str(protocol) != self._protocol:
+            old, new = json.loads(str(protocol)), json.loads(self._protocol)
+            changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            raise DataError(
+                f"{file}: holds scores of another test (different: {', '.join(changed)}); remove it, or name another "
+                "file"
+            )
+        self.done |= dict(zip(indices.tolist(), scores, strict=True))
+
+
+def _partial_files(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.partial-*.npz"))
+
+
 def save_scores(path: Path, result: Scores) -> None:
-    """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and `class_names` if they are known."""
+    """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and `class_names` if they are known.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     arrays: dict[str, Any] = {
         "paths": np.array(result.paths, dtype=str),
         "labels": np.asarray(result.labels, dtype=np.int64),
@@ -43,4 +120,5 @@ def save_scores(path: Path, result: Scores) -> None:
     }
     if result.class_names:
         arrays["class_names"] = np.array(result.class_names, dtype=str)
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    with writing(path):
+        write_atomically(path, lambda file: np.savez(file, **arrays))

@@ -26,7 +26,8 @@ from utils.errors import CheckpointError, ConfigError
 NEUTRAL_KEYS = {
     *("resume", "pretrain", "solver.epochs", "solver.start_epoch", "solver.evaluate"),
     *("data.workers", "data.prefetch", "data.train_root", "data.train_list", "data.val_root", "data.val_list"),
-    *("data.label_list", "data.image_tmpl", "data.index_base", "data.on_error", "network.weights"),
+    *("data.num_classes", "data.label_list"),  # the checkpoint's head and names are compared with these
+    *("data.image_tmpl", "data.index_base", "data.on_error", "network.weights"),
     *("network.shard_backbone", "test.view_batch", "test.remap_labels"),
     *("logging.print_freq", "logging.eval_freq", "logging.skip_epoch", "logging.save_minutes", "logging.keep"),
 }
@@ -101,6 +102,13 @@ def refuse_changes(checkpoint: dict[str, Any], source: str | Path, config: DotMa
         )
 
 
+def refuse_without_optimizer(checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Raise CheckpointError for a file that has no state of an optimizer: no training can go on from it."""
+    if "optimizer" not in checkpoint:
+        kind = "released" if is_released(checkpoint) else "converted"
+        raise CheckpointError(f"{source}: a {kind} checkpoint can only be started from, by pretrain")
+
+
 def keep_global_batch(checkpoint: dict[str, Any], source: str | Path, config: DotMap, world_size: int) -> DotMap:
     """The configuration with batch and accumulation for another number of processes, so that each update sees the
     same videos.
@@ -149,11 +157,9 @@ def restore_training(
     Learning rates and weight decay stay those of `config`.
 
     Raises:
-        CheckpointError: the file has no state of an optimizer.
+        CheckpointError: the optimizer's state does not fit the model.
     """
-    if "optimizer" not in checkpoint:
-        kind = "released" if is_released(checkpoint) else "converted"
-        raise CheckpointError(f"{source}: a {kind} checkpoint can only be started from, by pretrain")
+    refuse_other_shapes(checkpoint["optimizer"], optimizer, source)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
     scaler.load_state_dict(checkpoint["scaler"])
@@ -180,6 +186,18 @@ def restore_training(
         percent(progress.best),
     )
     return progress
+
+
+def refuse_other_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer, source: str | Path) -> None:
+    """Raise CheckpointError if an averaged gradient has not the shape of its parameter; torch would not notice."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in state.get("state", {}).items():
+        for name, tensor in entries.items():
+            if number >= len(parameters) or (tensor.dim() > 0 and tensor.shape != parameters[number].shape):
+                raise CheckpointError(
+                    f"{source}: its optimizer is that of another model: {name} of parameter {number} has the shape "
+                    f"{tuple(tensor.shape)}"
+                )
 
 
 def merged(states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ A checkpoint of this project is a dict of tensors, numbers and strings, written 
     progress          for each process, the sums that the reports of that epoch continue with (engine/reporter.py)
     world_size        number of processes
     best_accuracy     best validation top-1 so far in percent; None before the first evaluation (-1.0 in older files)
+    trained_sha256, optimizer_sha256  hashes of the two state dicts, checked at load; absent in older files
     config            the resolved configuration
     class_names       list of class names in label order, or None
     decoder           the decoder of video files with its version, or None for frame folders
@@ -30,6 +31,7 @@ The same functions read two other forms:
                   other entries except `optimizer` and `scaler` as JSON in the metadata entry "side4video"
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -43,10 +45,12 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from modules.hashing import TOWER_POSITIONS, tower_hashes
+from modules.checkpoint_entries import check_entries, optimizer_tensors
+from modules.hashing import TOWER_POSITIONS, hash_tensors, tower_hashes
 from modules.pretrained import load_strictly
 from modules.released import from_released, to_released
 from modules.side4video import Side4Video
+from modules.torchscript_archive import check_archive
 from utils.atomic import write_atomically
 from utils.errors import CheckpointError
 
@@ -108,9 +112,24 @@ def checkpoint_state(
     return state if optimizer is None else {**state, "optimizer": optimizer, "scaler": scaler}
 
 
+def checkpoint_bytes(model: Side4Video, model_part: dict[str, Any]) -> int:
+    """About the size of a checkpoint file of a training: weights, AdamW's two averages of each, the tower if held."""
+    trained = sum(tensor.nbytes for tensor in model.trained.state_dict().values())
+    return 3 * trained + sum(tensor.nbytes for tensor in (model_part.get("tower") or {}).values())
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    content = {"format": FORMAT, **state, **state_hashes(state)}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def state_hashes(state: dict[str, Any]) -> dict[str, str]:
+    """`trained_sha256`, and `optimizer_sha256` if the state of an optimizer is there."""
+    hashes = {"trained_sha256": hash_tensors(state["trained"])}
+    if "optimizer" in state:
+        hashes["optimizer_sha256"] = hash_tensors(optimizer_tensors(state["optimizer"]))
+    return hashes
 
 
 def save_released(path: Path, model: Side4Video, epoch: int = 0, optimizer: dict[str, Any] | None = None) -> None:
@@ -131,8 +150,16 @@ def save_safetensors(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically as a .safetensors file, without the states of optimizer and scaler."""
     left_out = {"tower", "trained", "optimizer", "scaler"}
     facts = {"format": FORMAT, **{key: value for key, value in state.items() if key not in left_out}}
+    facts["trained_sha256"] = hash_tensors(state["trained"])
+    facts["facts_sha256"] = _hash_facts(facts)
     tensors = {name: tensor.contiguous() for name, tensor in flat_tensors(state).items()}
     write_atomically(path, lambda file: save_file(tensors, file.name, metadata={METADATA: json.dumps(facts)}))
+
+
+def _hash_facts(facts: dict[str, Any]) -> str:
+    """SHA-256 of the entries that a .safetensors file holds as JSON, without the hash itself."""
+    kept = {key: value for key, value in facts.items() if key != "facts_sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def flat_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,9 +177,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         if not facts:
             return {}
+        if facts.get("facts_sha256", found := _hash_facts(facts)) != found:
+            raise ValueError("its metadata has changed since it was written (SHA-256)")
         for name in file.keys():  # noqa: SIM118, the file is not a dictionary
             part, _, rest = name.partition(".")
             parts[part][rest] = file.get_tensor(name)
+    if parts["tower"] and tower_hashes(parts["tower"])["tower_sha256"] != facts.get("tower_sha256"):
+        raise ValueError("the tensors of tower have changed since it was written (SHA-256)")
     return {**facts, "tower": parts["tower"] or None, "trained": parts["trained"]}
 
 
@@ -173,6 +204,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == SAFETENSORS:
             content = _read_safetensors(path)
         else:
+            check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -183,8 +215,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of this project (no entry format: {FORMAT!r}), nor a released one of Side4Video "
             "(no state dict model_state_dict)"
         )
-    if content.get("best_accuracy") == -1.0:
+    if isinstance(best := content.get("best_accuracy"), float) and best == -1.0:
         content["best_accuracy"] = None
+    if content.get("format") == FORMAT:
+        try:
+            check_entries(content)
+            for name in ("trained_sha256", "optimizer_sha256", "facts_sha256"):
+                content.pop(name, None)  # of the file, not of the training
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged, or not written by this project: {error}") from error
     return content
 
 

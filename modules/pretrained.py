@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modules.backbones import OPENAI, Architecture, FrozenTower
 from modules.hashing import tower_hashes
-from modules.torchscript_archive import is_torchscript, read_torchscript
+from modules.torchscript_archive import check_archive, is_torchscript, read_torchscript
 from utils.errors import CheckpointError, ConfigError
 
 HUB = "hub"
@@ -137,6 +137,7 @@ def read_content(path: Path) -> Any:
     """Read a file of any of the supported forms; raises what the library that reads it raises."""
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
+    check_archive(path)
     if is_torchscript(path):
         return read_torchscript(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -119,3 +119,24 @@ def named_views(value: Any, name: str = "") -> Iterator[tuple[str, StorageView]]
     elif isinstance(value, ScriptObject):
         for attribute, child in value.attributes.items():
             yield from named_views(child, f"{name}.{attribute}" if name else attribute)
+
+
+def check_archive(path: Path) -> None:
+    """Check every byte that a file of torch.save or a TorchScript archive holds by the CRCs of its zip.
+
+    torch does not look at them, and takes the bytes of a compressed entry for a tensor. Other files are left alone.
+
+    Raises:
+        ValueError: an entry is damaged or compressed.
+        zipfile.BadZipFile: the zip itself is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"entry {entry.filename} is compressed, as by a zip program; write it with torch.save")
+            if entry.file_size != entry.compress_size:
+                raise ValueError(f"entry {entry.filename} states two sizes; it is damaged")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"entry {damaged} is damaged (CRC)")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import train_run
+from tiny import score_run, train_run
 
 import train as train_program
 from benchmarks import kill_and_resume
@@ -19,10 +19,16 @@ from datasets.loaders import EpochSampler
 from engine import run_folder
 from engine.checkpointing import BackgroundWriter, Saver
 from engine.configuration import default_config
+from engine.optim import build_optimizer
+from engine.reporter import Reporter
 from engine.run_folder import RunFolder, checkpoints
+from engine.scores import PartialScores
 from engine.training_state import keep_global_batch
+from modules import build_model, checkpoint_entries
+from modules.checkpoint import checkpoint_state, model_state, read_checkpoint, save_checkpoint, save_safetensors
 from modules.hashing import hash_tensors
-from utils.errors import ConfigError, UserError
+from modules.pretrained import read_state_dict
+from utils.errors import CheckpointError, ConfigError, UserError
 from utils.signals import Stopped, StopSignals
 
 EVERY_AUGMENTATION = ["data.rand_aug=True", "data.rand_erase=True", "solver.mixup=True", "data.num_sample=2"]
@@ -379,6 +385,161 @@ def test_a_missing_output_of_the_log_is_no_half_file(tmp_path):
     """The folder stays when the start is over, whatever happens then."""
     config = default_config()
     with pytest.raises(Killed), RunFolder(config, str(tmp_path / "run")) as folder:
-        folder.begin(config)
+        folder.begin(config, 1)
         raise Killed
     assert [path.name for path in Path(tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+# ---------------------------------------------------------------- values and files that lie
+
+
+def test_scores_that_are_not_finite_stop_training_and_test_before_anything_is_called_best(
+    config, tmp_path, monkeypatch
+):
+    train_run(config, tmp_path / "run", "solver.epochs=1", "solver.lr_warmup_step=1")
+    state = torch.load(tmp_path / "run" / "last_model.pt", weights_only=True)
+    state["trained"]["head.bias"][0] = math.nan
+    save_checkpoint(tmp_path / "nan.pt", {key: value for key, value in state.items() if "trained_sha" not in key})
+    message = r"the scores of 7 of 7 readable videos are not finite, the first: val_00000"
+    with pytest.raises(UserError, match=message):
+        score_run(config, tmp_path / "nan.pt", tmp_path / "s.npz")
+    assert not (tmp_path / "s.npz").exists()
+    still = ["solver.lr=1e-30", "solver.epochs=1", "solver.lr_warmup_step=0"]
+    monkeypatch.setattr(Reporter, "step", lambda *_: None)  # the loss would be noticed first
+    with pytest.raises(UserError, match=message):
+        train_run(config, tmp_path / "new", f"pretrain={tmp_path / 'nan.pt'}", *still)
+    assert not (tmp_path / "new" / "model_best.pt").exists()
+
+
+def test_an_evaluation_without_a_checkpoint_is_refused(config, tmp_path):
+    with pytest.raises(
+        UserError, match="^solver.evaluate: there is no checkpoint to evaluate; set resume or pretrain$"
+    ):
+        train_run(config, tmp_path / "run", "solver.evaluate=True")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def small_checkpoints(tmp_path_factory):
+    """A checkpoint as .pt and as .safetensors, of a model of a few kilobytes."""
+    folder = tmp_path_factory.mktemp("small")
+    config = default_config(network={"backbone_kwargs": {"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}})
+    model = build_model(config)
+    optimizer = build_optimizer(model, config)
+    model(torch.randn(2, 2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    parts = (model_state(model), model.trained.state_dict(), config.toDict(), None)
+    state = checkpoint_state(*parts, epoch=1, best_accuracy=50.0, optimizer=optimizer.state_dict(), scaler={})
+    save_checkpoint(folder / "m.pt", state)
+    save_safetensors(folder / "m.safetensors", state)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors"])
+def test_no_flipped_bit_changes_a_value_unnoticed(small_checkpoints, tmp_path, name):
+    content = bytearray((small_checkpoints / name).read_bytes())
+    sound = read_checkpoint(small_checkpoints / name)
+    draw, refused = random.Random(0), 0
+    for _ in range(60):
+        place, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+        content[place] ^= bit
+        (tmp_path / name).write_bytes(content)
+        content[place] ^= bit
+        try:
+            flipped = read_checkpoint(tmp_path / name)
+        except CheckpointError as error:
+            assert "\n" not in error.line
+            refused += 1
+            continue
+        assert equal(flipped, sound), f"byte {place}"  # bytes that only fill up
+    assert refused > 40
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b or a != a and b != b
+
+
+def test_a_compressed_archive_is_refused_and_not_read_as_garbage(small_checkpoints, tmp_path):
+    import zipfile
+
+    with (
+        zipfile.ZipFile(small_checkpoints / "m.pt") as source,
+        zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry.filename))
+    with pytest.raises(CheckpointError, match="is compressed, as by a zip program"):
+        read_checkpoint(tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="is compressed, as by a zip program"):
+        read_state_dict(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("value", [None, True, -7, 1.5, math.nan, "text", [], [1], {}, {"a": 1}, torch.zeros(2)])
+def test_an_entry_of_another_kind_is_one_line_or_of_no_consequence(small_checkpoints, tmp_path, value):
+    state = torch.load(small_checkpoints / "m.pt", weights_only=True)
+    for name in state:
+        torch.save({**state, name: value}, tmp_path / "m.pt")
+        try:
+            content = read_checkpoint(tmp_path / "m.pt")
+        except CheckpointError as error:
+            assert "\n" not in error.line and str(tmp_path / "m.pt") in error.line
+            continue
+        holds = checkpoint_entries.ENTRIES[name][1]
+        assert name.endswith("_sha256") or holds(content[name]), (name, value)
+
+
+# ---------------------------------------------------------------- scores of a test that was interrupted
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path, monkeypatch, stopped_after):
+    train_run(config, tmp_path / "run", "solver.epochs=1", "solver.lr_warmup_step=1")
+    arguments = (config, tmp_path / "run" / "last_model.pt")
+    views = ["--test_crops", "3", "test.view_batch=3"]
+    whole = score_run(*arguments, tmp_path / "whole.npz", *views)
+    add, seen = PartialScores.add, []
+
+    def interrupted(self, indices, scores):
+        add(self, indices, scores)
+        seen.extend(indices)
+        if len(seen) == stopped_after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialScores, "add", interrupted)
+        with pytest.raises(Killed):
+            score_run(*arguments, tmp_path / "s.npz", *views)
+    assert not (tmp_path / "s.npz").exists() and list(tmp_path.glob("s.npz.partial-*"))
+    with pytest.raises(UserError, match=r"holds scores of another test \(different: test_crops\); remove it"):
+        score_run(*arguments, tmp_path / "s.npz", "--test_crops", "5", "test.view_batch=3")
+    monkeypatch.setattr(
+        PartialScores, "add", lambda self, indices, scores: (seen.extend(indices), add(self, indices, scores))
+    )
+    resumed = score_run(*arguments, tmp_path / "s.npz", *views)
+    assert sorted(seen) == list(range(7))  # each video once
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole.files)
+    assert not list(tmp_path.glob("s.npz.partial-*"))
+
+
+@pytest.mark.parametrize("place", ["a folder", "below a file"])
+def test_scores_that_cannot_be_written_are_refused_before_any_work(config, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    path = tmp_path if place == "a folder" else tmp_path / "file" / "s.npz"
+    with pytest.raises(UserError, match="cannot be written"):
+        score_run(config, tmp_path / "no checkpoint is looked for.pt", path)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(config, tmp_path, monkeypatch):
+    usage = run_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage._replace(free=3_000_000))
+    with pytest.raises(
+        UserError, match=r"--output .*: 3.0 MB are free, but 4 checkpoints of .* MB need .* MB; make room"
+    ):
+        train_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Files that are either complete or absent: write to a temporary file, then rename."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -27,9 +28,39 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name to the disk: without this, a crash of the machine can undo a rename."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot do that for a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def probe(path: Path) -> None:
+    """Make sure, before any work, that the file `path` can be written. Nothing is left behind.
+
+    Raises:
+        DataError: it is a folder, or its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: cannot be written: it is a folder; give the name of a file")
+    with writing(path):
+        made = [folder for folder in [path.parent, *path.parent.parents] if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        for folder in made:
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

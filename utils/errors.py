@@ -46,6 +46,11 @@ def run_program(main: Callable[[list[str]], object]) -> None:
         _end(f"error: {error.line}", 1)
     except Stopped as stopped:
         _end(stopped.line, stopped.status)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"error: {where}{error.strerror or error}", 1)
+    except MemoryError:
+        _end("error: not enough memory; lower data.batch_size, data.workers or data.prefetch", 1)
 
 
 def _end(line: str, status: int) -> NoReturn:
