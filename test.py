@@ -19,7 +19,7 @@ from dotmap import DotMap
 
 from datasets.annotations import UNLABELLED
 from datasets.decoders import describe_decoder
-from datasets.loaders import build_eval_loader
+from datasets.loaders import build_eval_loader, check_shared_memory, naming_lost_workers
 from engine.class_names import class_order
 from engine.configuration import read_config
 from engine.loops import evaluate
@@ -30,7 +30,7 @@ from modules import build_model
 from modules.checkpoint import describe_checkpoint, holds_tower, load_model_state, read_checkpoint
 from modules.hashing import hash_tensors
 from utils.atomic import probe
-from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed
+from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed, naming_lost_processes
 from utils.errors import DataError, run_program
 from utils.logger import setup_logging
 from utils.precision import Precision, resolve_precision
@@ -95,7 +95,7 @@ def test(
         DataError: the list or a video cannot be read, or the partial scores are those of another test.
         NonFiniteScoresError: the model gives NaN or infinity.
     """
-    device = init_distributed()
+    device = init_distributed(config.solver.timeout_minutes)
     setup_logging()
     precision = resolve_precision(config.solver.precision, device)
 
@@ -124,9 +124,11 @@ def test(
     if partial and partial.done:
         log.info("scores: %d of %d videos are done, in %s.partial-*", len(partial.done), len(dataset), partial_file)
         loader = build_eval_loader(config, **views, done=partial.done)
+    check_shared_memory(loader)
     started = time.perf_counter()
     try:
-        scores = evaluate(model, loader, precision, config, partial)
+        with naming_lost_processes(), naming_lost_workers(loader):
+            scores = evaluate(model, loader, precision, config, partial)
     except BaseException:
         if partial:
             partial.write()

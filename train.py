@@ -12,7 +12,13 @@ import torch
 from dotmap import DotMap
 
 from datasets.decoders import describe_decoder
-from datasets.loaders import VideoLoader, build_eval_loader, build_train_loader
+from datasets.loaders import (
+    VideoLoader,
+    build_eval_loader,
+    build_train_loader,
+    check_shared_memory,
+    naming_lost_workers,
+)
 from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
@@ -33,7 +39,14 @@ from engine.training_state import (
 from modules import build_model
 from modules.checkpoint import checkpoint_bytes, checkpoint_state, holds_tower, model_state
 from modules.side4video import Side4Video
-from utils.distributed import close_distributed, gather, get_rank, get_world_size, init_distributed
+from utils.distributed import (
+    close_distributed,
+    gather,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    naming_lost_processes,
+)
 from utils.errors import ConfigError, run_program
 from utils.logger import setup_logging
 from utils.precision import Precision, resolve_precision
@@ -64,8 +77,8 @@ def train(config: DotMap, output: str | None = None, allow_config_change: bool =
         output: folder for checkpoints, log and the resolved configuration; None chooses one.
         allow_config_change: resume although keys have changed that change numbers.
     """
-    device = init_distributed()
-    with open_run_folder(config, output) as folder:
+    device = init_distributed(config.solver.timeout_minutes)
+    with naming_lost_processes(), open_run_folder(config, output) as folder:
         return train_in(folder, config, device, allow_config_change)
 
 
@@ -110,6 +123,7 @@ def train_in(
     # Optimizer. It takes the tensors where `place` has put them, and its state comes after the model's weights.
     check_batch(config, model)
     train_loader = build_train_loader(config, get_rank(), get_world_size())
+    check_shared_memory(train_loader, val_loader)
     optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
     reporter = Reporter(config, device, train_loader.dataset)
     for line in describe_run(config, model, train_loader, val_loader, precision):
@@ -141,7 +155,7 @@ def train_in(
         for epoch in range(progress.epoch, config.solver.epochs):
             first, progress.step = progress.step, 0
             train_loader.sampler.set_epoch(epoch, first * config.data.batch_size)
-            with saver.epoch(epoch) as after_update:
+            with naming_lost_workers(train_loader), saver.epoch(epoch) as after_update:
                 loss = train_one_epoch(
                     model, train_loader, optimizer, scaler, precision, epoch, config, reporter, first, after_update
                 )
@@ -185,7 +199,8 @@ def is_evaluated(epoch: int, config: DotMap) -> bool:
 
 def validate(model: Side4Video, loader: VideoLoader, precision: Precision, config: DotMap) -> float:
     """One view of every validation video; logs and returns top-1 in percent."""
-    scores = evaluate(model, loader, precision, config)
+    with naming_lost_workers(loader):
+        scores = evaluate(model, loader, precision, config)
     top1, top5 = (topk_accuracy(scores, loader.dataset.labels, k) for k in (1, 5))
     log.info("validation: top-1 %.2f, top-5 %.2f on %d videos", top1, top5, len(scores))
     return top1

@@ -3,7 +3,10 @@
 B clips (repeats and views counted), T frames of a clip, H, W pixels, V views of a test video.
 """
 
+import itertools
+import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +18,12 @@ from datasets.flips import flip_pairs
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
-from utils.errors import DataError
+from utils.errors import ConfigError, DataError, UserError
 from utils.seeding import epoch_order, shot_rng
+
+
+class WorkerLostError(UserError):
+    """A loader process has ended, or does not answer."""
 
 
 class VideoLoader(DataLoader):
@@ -30,15 +37,80 @@ class VideoLoader(DataLoader):
     dataset: VideoDataset
     unreadable: list[tuple[int, str]]
     carried: list[tuple[int, str]] = []
+    _arrived = 0  # batches of this iteration
+    clip_bytes: int  # of all clips, or views, of one video
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]  # torch says: a private class
         self.unreadable, self.carried = list(self.carried), []
         return self._batches()
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        self._arrived = 0
         for batch in super().__iter__():
+            self._arrived += 1
             self.unreadable += batch.pop("unreadable")
             yield batch
+
+    def held_videos(self) -> list[str]:
+        """Paths of the videos whose batches the workers are preparing, those of the next batch first."""
+        batches = itertools.islice(self.batch_sampler or (), self._arrived, self._arrived + self.num_workers)
+        indices = [key[1] if isinstance(key, tuple) else key for keys in batches for key in keys]
+        return [self.dataset.records[index].path for index in indices]
+
+
+@contextmanager
+def naming_lost_workers(loader: VideoLoader) -> Iterator[None]:
+    """Turn torch's error about a loader process that has ended, or does not answer, into a WorkerLostError.
+
+    torch raises a plain RuntimeError, and may do so anywhere: a signal handler of it notices that the process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        if "timed out" in str(error):
+            what = (
+                f"no loader process gave a batch for {loader.timeout:.0f} s; a disk that does not answer is the usual"
+            )
+        else:
+            what = "a loader process was ended; not enough memory (lower data.workers or data.prefetch) is the usual"
+        held = loader.held_videos()
+        shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
+        detail = " ".join(str(error).split())
+        raise WorkerLostError(f"{what} cause; the loader processes held the videos {shown} ({detail})") from error
+
+
+def check_shared_memory(*loaders: VideoLoader) -> None:
+    """Refuse loaders whose batches do not fit into the shared memory, which would hang for ever.
+
+    The workers of all loaders stay alive, and each keeps `prefetch_factor` batches there.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    try:
+        system = os.statvfs("/dev/shm")
+    except OSError:  # no Linux, or no such folder: torch shares memory in another way
+        return
+    free = system.f_bavail * system.f_frsize
+    needed = 0
+    for loader in loaders:
+        if loader.num_workers:
+            clip_bytes = loader.clip_bytes * (loader.batch_size or 1)
+            needed += clip_bytes * (loader.num_workers * (loader.prefetch_factor or 1) + 1)
+    if needed > free:
+        workers, prefetch = loaders[0].num_workers, loaders[0].prefetch_factor
+        raise ConfigError(
+            f"data.workers: {workers} workers keep {prefetch} batches each in shared memory, {needed / 1e6:.1f} MB for "
+            f"training and evaluation, but /dev/shm has {free / 1e6:.1f} MB free; lower data.workers or data.prefetch, "
+            "or give the container more (docker run --shm-size=8g, or --ipc=host)"
+        )
+
+
+def leave_process_group(worker: int) -> None:
+    """In a loader process: launchers and terminals signal whole groups, but the training process ends its workers."""
+    os.setpgid(0, 0)
 
 
 def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> VideoLoader:
@@ -80,7 +152,7 @@ def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> Vi
             f"{world_size} processes x solver.grad_accumulation_steps {accumulation}; lower data.batch_size"
         )
     sampler = EpochSampler(len(dataset), steps * accumulation * data.batch_size, config.seed, rank, world_size)
-    return _loader(config, dataset, sampler, data.batch_size)
+    return _loader(config, dataset, sampler, data.batch_size, data.num_sample)
 
 
 def build_eval_loader(
@@ -122,7 +194,7 @@ def build_eval_loader(
     )
     videos = max(1, config.test.view_batch // (clips * crops))
     own = [index for index in range(rank, len(dataset), world_size) if index not in done]
-    return _loader(config, dataset, own, videos)
+    return _loader(config, dataset, own, videos, clips * crops)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -176,10 +248,11 @@ def _reader(data: DotMap, root: str) -> Reader:
 
 
 def _loader(
-    config: DotMap, dataset: VideoDataset, sampler: EpochSampler | Sequence[int], batch_size: int
+    config: DotMap, dataset: VideoDataset, sampler: EpochSampler | Sequence[int], batch_size: int, clips: int
 ) -> VideoLoader:
+    """The loader of a data set whose videos give `clips` clips each."""
     workers = config.data.workers
-    return VideoLoader(
+    loader = VideoLoader(
         dataset,
         batch_size,
         sampler=sampler,
@@ -191,4 +264,8 @@ def _loader(
         # A DataLoader draws a seed for its workers. Nothing uses it, so it must not advance the global generator, from
         # which dropout draws.
         generator=torch.Generator(),
+        worker_init_fn=leave_process_group,
+        timeout=60 * config.solver.timeout_minutes if workers > 0 else 0,
     )
+    loader.clip_bytes = clips * dataset.num_segments * 3 * config.data.input_size**2
+    return loader

@@ -21,6 +21,7 @@ from engine.scores import PartialScores
 from modules.side4video import Side4Video
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
+from utils.launch import report_progress
 from utils.precision import Precision
 from utils.seeding import seed_everything
 
@@ -140,6 +141,7 @@ def evaluate(
     total, quiet = math.ceil(num_videos / get_world_size()), None if get_rank() == 0 else True
     with tqdm(total=total, unit="video", disable=quiet) as progress:
         for batch in loader:
+            report_progress(f"evaluation, {progress.n} videos done")
             if len(batch["indices"]) == 0:  # no video of the batch could be read
                 continue
             logits = torch.cat([logits_of(views) for views in batch["clips"].split(config.test.view_batch)])

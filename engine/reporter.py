@@ -14,6 +14,7 @@ from datasets.video_dataset import VideoDataset
 from engine.throughput import Clock, Throughput
 from utils.distributed import all_reduce
 from utils.errors import UserError
+from utils.launch import report_progress
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Reporter:
         Raises:
             NonFiniteLossError: the loss of a step since the last report is not finite.
         """
+        report_progress(f"epoch {self._epoch}, iteration {iteration}")
         self._monitor.update(loss, iteration)
         self._throughput.end_step()
         done = iteration + 1

@@ -28,7 +28,7 @@ NEUTRAL_KEYS = {
     *("data.workers", "data.prefetch", "data.train_root", "data.train_list", "data.val_root", "data.val_list"),
     *("data.num_classes", "data.label_list"),  # the checkpoint's head and names are compared with these
     *("data.image_tmpl", "data.index_base", "data.on_error", "network.weights"),
-    *("network.shard_backbone", "test.view_batch", "test.remap_labels"),
+    *("solver.timeout_minutes", "network.shard_backbone", "test.view_batch", "test.remap_labels"),
     *("logging.print_freq", "logging.eval_freq", "logging.skip_epoch", "logging.save_minutes", "logging.keep"),
 }
 

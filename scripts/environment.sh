@@ -78,3 +78,29 @@ require_modules() {
     [ -z "$missing" ] || fail "$PYTHON lacks $missing: install requirements.txt${1:+ and requirements-dev.txt} there," \
         "or run sh scripts/run_demo.sh with PYTHON unset and no environment active, which makes .venv"
 }
+
+# from_caller PATH: an existing path of the folder that the script was called from, made absolute; others stay as they are
+# and are looked for in the repository root.
+from_caller() {
+    case $1 in /*) ;; *) if [ "$CALLER" != "$PWD" ] && [ -e "$CALLER/$1" ]; then
+        printf '%s\n' "$CALLER/$1"
+        return
+    fi ;; esac
+    printf '%s\n' "$1"
+}
+
+# Sets RESOLVED to the argument, whose path after --output, --save_scores, resume= and the like is made absolute if the
+# script was called from another folder than the repository root. PREVIOUS is the argument before it.
+resolve_argument() {
+    RESOLVED=$1
+    [ "$CALLER" != "$PWD" ] || return 0
+    case $PREVIOUS in
+    --output | --save_scores) RESOLVED=$CALLER/$1; case $1 in /*) RESOLVED=$1 ;; esac ;;
+    *) case $1 in
+        resume=auto | network.weights=hub) ;;
+        resume=* | pretrain=* | network.weights=* | data.*_root=* | data.*_list=*)
+            RESOLVED=${1%%=*}=$(from_caller "${1#*=}") ;;
+        --output=* | --save_scores=*) case ${1#*=} in /*) ;; *) RESOLVED=${1%%=*}=$CALLER/${1#*=} ;; esac ;;
+        esac ;;
+    esac
+}

@@ -17,8 +17,8 @@ check_config() {
 }
 
 # launch PROGRAM [argument ...]: run the program in one process for each visible GPU, or in one process on the CPU.
-# NUM_GPUS sets another number. One machine uses a free port unless MASTER_PORT is set. Several machines (NNODES above 1)
-# need NODE_RANK and MASTER_ADDR.
+# NUM_GPUS sets another number. A single process is started without torchrun. One machine uses a free port unless
+# MASTER_PORT is set. Several machines (NNODES above 1) need NODE_RANK and MASTER_ADDR.
 launch() {
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || fail "$PYTHON cannot import torch"
     processes=${NUM_GPUS:-$((gpus > 0 ? gpus : 1))}
@@ -30,6 +30,10 @@ launch() {
     [ "$gpus" -gt 0 ] || export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     [ "$processes" -eq 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, set here to avoid its warning
 
+    if [ "$processes" -eq 1 ] && [ "$nodes" -eq 1 ]; then
+        unset RANK WORLD_SIZE LOCAL_RANK # of another launcher
+        exec "$PYTHON" "$@"
+    fi
     if [ "$nodes" -gt 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $nodes: set MASTER_ADDR to the address of node 0"
         [ -n "${NODE_RANK:-}" ] || fail "NNODES is $nodes: set NODE_RANK, from 0 to $((nodes - 1))"
@@ -41,15 +45,15 @@ launch() {
         set -- --standalone "$@"
     fi
 
-    # torchrun prints a long report when a process fails. The processes write their errors to this file (utils/errors.py),
-    # and the errors are repeated below the report.
-    SIDE4VIDEO_ERROR_FILE=$(mktemp)
-    export SIDE4VIDEO_ERROR_FILE
-    trap 'rm -f "$SIDE4VIDEO_ERROR_FILE"' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
+    # Signals are passed on, and the processes decide: they save, and end with 143 or 130.
+    trap 'kill -TERM "$launched" 2>/dev/null || :' TERM USR1
+    trap 'kill -INT "$launched" 2>/dev/null || :' INT
+    "$PYTHON" -m utils.launch --nproc-per-node "$processes" "$@" &
+    launched=$!
     status=0
-    "$PYTHON" -m torch.distributed.run --nproc-per-node "$processes" "$@" || status=$?
-    [ "$status" -eq 0 ] || awk '!seen[$0]++' "$SIDE4VIDEO_ERROR_FILE" >&2
+    while :; do
+        wait "$launched" && status=0 || status=$?
+        kill -0 "$launched" 2>/dev/null || break # otherwise a signal has ended the wait, not the program
+    done
     exit "$status"
 }

@@ -8,12 +8,20 @@ usage() {
 }
 case ${1:-} in '' | -*) usage ;; esac
 case ${2:-} in '' | -*) usage ;; esac
+CALLER=$PWD
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
 . scripts/launch.sh
 
-config=$1 checkpoint=$2
+config=$(from_caller "$1") checkpoint=$(from_caller "$2")
 shift 2
+PREVIOUS=
+for argument in "$@"; do
+    shift
+    resolve_argument "$argument"
+    set -- "$@" "$RESOLVED"
+    PREVIOUS=$argument
+done
 use_environment
 check_config test "$config" "$@"
 launch test.py --config "$config" --weights "$checkpoint" "$@"

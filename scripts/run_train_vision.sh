@@ -8,10 +8,20 @@ case ${1:-} in
     exit 2
     ;;
 esac
+CALLER=$PWD
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . scripts/environment.sh
 . scripts/launch.sh
 
+config=$(from_caller "$1")
+shift
+PREVIOUS=
+for argument in "$@"; do
+    shift
+    resolve_argument "$argument"
+    set -- "$@" "$RESOLVED"
+    PREVIOUS=$argument
+done
 use_environment
-check_config train "$@"
-launch train.py --config "$@"
+check_config train "$config" "$@"
+launch train.py --config "$config" "$@"

@@ -32,11 +32,11 @@ def call(tmp_path):
     interpreter.chmod(0o755)
     (tmp_path / "temporary").mkdir()
 
-    def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    def run(script: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
         given = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path / "temporary"), "GPUS": "0"}
         given |= {"PYTHON": str(interpreter)} | environment
         command = ["sh", str(ROOT / "scripts" / script), *arguments]
-        return subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(command, env=given, cwd=folder, capture_output=True, text=True)
 
     return run
 
@@ -67,10 +67,7 @@ def test_training_checks_the_overrides_and_passes_everything_on(call):
     )
     check, launch = done.stdout.splitlines()
     assert check == "[-m][utils.config][train][my config.yaml][solver.lr=1e-3][data.train_root=a b]"
-    assert launch == (
-        "[-m][torch.distributed.run][--nproc-per-node][1][--standalone][train.py][--config][my config.yaml]"
-        "[--output][out/lr=1][solver.lr=1e-3][data.train_root=a b]"
-    )
+    assert launch == ("[train.py][--config][my config.yaml][--output][out/lr=1][solver.lr=1e-3][data.train_root=a b]")
 
 
 def test_testing_checks_the_overrides_only(call):
@@ -91,7 +88,7 @@ def test_testing_checks_the_overrides_only(call):
 
 def test_bad_config_launches_nothing(call):
     done = call("run_train_vision.sh", "c.yaml", CONFIG_STATUS="1")
-    assert done.returncode == 1 and "torch.distributed.run" not in done.stdout
+    assert done.returncode == 1 and "train.py" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_bad_config_launches_nothing(call):
         ({"GPUS": "4"}, "[4][--standalone]"),
         ({"GPUS": "4", "NUM_GPUS": "2"}, "[2][--standalone]"),
         ({"NUM_GPUS": "2"}, "[2][--standalone]"),
-        ({"MASTER_PORT": "1234"}, "[1][--master-addr][127.0.0.1][--master-port][1234]"),
+        ({"MASTER_PORT": "1234", "NUM_GPUS": "2"}, "[2][--master-addr][127.0.0.1][--master-port][1234]"),
         (
             {"GPUS": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
             "[8][--nnodes][2][--node-rank][1][--master-addr][node0][--master-port][29500]",
@@ -109,7 +106,7 @@ def test_bad_config_launches_nothing(call):
 )
 def test_processes_and_rendezvous_follow_the_environment(call, environment, flags):
     launch = call("run_train_vision.sh", "c.yaml", **environment).stdout.splitlines()[1]
-    assert launch == f"[-m][torch.distributed.run][--nproc-per-node]{flags}[train.py][--config][c.yaml]"
+    assert launch == f"[-m][utils.launch][--nproc-per-node]{flags}[train.py][--config][c.yaml]"
 
 
 @pytest.mark.parametrize(
@@ -252,3 +249,18 @@ def test_requirements_name_one_decord_for_every_machine(machine, system, decoder
     given = requirements((ROOT / "requirements.txt").read_text())
     wanted = [r.name for r in given if r.marker is None or r.marker.evaluate(environment)]
     assert [name for name in wanted if name.startswith("decord")] == [decoder]
+
+
+def test_paths_are_those_of_the_folder_that_the_script_is_called_from(call, tmp_path):
+    """What exists there, and what is to be written, is meant."""
+    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "last.pt").write_text("")
+    arguments = ("mine.yaml", "--output", "out", "resume=last.pt")
+    check, launch = call("run_train_vision.sh", *arguments, folder=tmp_path).stdout.splitlines()
+    assert f"[{tmp_path}/mine.yaml]" in check
+    assert launch.endswith(f"[{tmp_path}/mine.yaml][--output][{tmp_path}/out][resume={tmp_path}/last.pt]")
+    launch = call("run_test_vision.sh", "configs/demo/motion.yaml", "last.pt", "--save_scores", "s.npz").stdout
+    assert (
+        f"[--config][configs/demo/motion.yaml][--weights][{tmp_path}/last.pt][--save_scores][{tmp_path}/s.npz]"
+        in launch
+    )

@@ -392,6 +392,12 @@ FIELDS = {
     "solver.sync_bn": Field(
         "bool", False, "Compute BatchNorm statistics over all processes. False: each process uses its own clips."
     ),
+    "solver.timeout_minutes": Field(
+        "float",
+        10.0,
+        "Minutes that a process waits for another one, or for its loader, before the run ends with an error.",
+        _ABOVE_0,
+    ),
     "solver.clip_grad": Field(
         "float", None, "Largest norm of the gradient. A larger gradient is scaled down to it. None: no limit.", _ABOVE_0
     ),

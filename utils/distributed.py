@@ -1,21 +1,118 @@
 """Processes: torch.distributed if a launcher started this program, otherwise one process. Same calls for both."""
 
+import ctypes
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from utils.errors import ConfigError, UserError
+from utils.launch import LOST, last_progress, report_progress
 
-def init_distributed() -> torch.device:
-    """Join the launcher's process group, if any (nccl on CUDA, otherwise gloo), and return this process's device."""
+LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ProcessLostError(UserError):
+    """Another process of this run has ended, or does not answer."""
+
+
+def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
+    """Join the launcher's process group, if any (nccl on CUDA, otherwise gloo), and return this process's device.
+
+    The launcher is torchrun or, inside a step of several tasks, Slurm's srun. A process of torchrun ends with it.
+
+    Args:
+        timeout_minutes: after so long without an answer of another process, a collective call fails.
+
+    Raises:
+        ConfigError: variables of the launcher are missing, or the port is in use.
+    """
+    _adopt_slurm()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
+            raise ConfigError(
+                f"RANK is set, but {', '.join(missing)} is not: start with torchrun or scripts/run_train_vision.sh, or "
+                "unset RANK to run one process"
+            )
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
+            )
+        except dist.DistError as error:
+            reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+            raise ConfigError(
+                f"process {os.environ['RANK']}: no connection at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({reason}); set another MASTER_PORT"
+            ) from error
     return device
+
+
+def _adopt_slurm() -> None:
+    """Give torch.distributed the variables of a Slurm step of several tasks that was started without torchrun.
+
+    Raises:
+        ConfigError: srun or mpirun started several tasks, and how they find each other is not known.
+    """
+    if "RANK" in os.environ:
+        return
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1:
+        needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_JOB_ID")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise ConfigError(
+                f"srun started {tasks} tasks, but {', '.join(missing)} is not set, so they cannot find each other; "
+                "start scripts/run_train_vision.sh in one task on each node (scripts/slurm_train.sh does)"
+            )
+        os.environ |= {
+            "RANK": os.environ["SLURM_PROCID"],
+            "WORLD_SIZE": str(tasks),
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "MASTER_ADDR": os.environ.get("MASTER_ADDR", os.environ["SLURM_LAUNCH_NODE_IPADDR"]),
+            "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000)),
+        }
+    elif int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            f"mpirun started {os.environ['OMPI_COMM_WORLD_SIZE']} tasks without the variables of torchrun; start "
+            "scripts/run_train_vision.sh in one task on each node, with NNODES, NODE_RANK and MASTER_ADDR"
+        )
+
+
+def end_with_parent() -> None:
+    """Receive SIGTERM when the parent process ends, so that no trainer outlives a launcher that was killed (Linux)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turn the error of a collective call whose other side is gone into a ProcessLostError.
+
+    torch.distributed raises plain RuntimeErrors for that, which only their words tell from others.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("closed by peer", "reset by peer", "Timed out waiting", "Socket Timeout", "NCCL", "Broken pipe")
+        if dist.is_initialized() and any(word in str(error) for word in words):
+            report_progress(last_progress())  # this process is alive: the launcher looks for the one that is silent
+            raise ProcessLostError(
+                f"process {dist.get_rank()} of {dist.get_world_size()}: at {last_progress()}, {LOST} "
+                f"({str(error).splitlines()[0][:120]})"
+            ) from error
+        raise
 
 
 def close_distributed() -> None:

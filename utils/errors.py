@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from utils.launch import ERRORS
 from utils.signals import Stopped, StopSignals
 
 
@@ -36,8 +37,7 @@ class CheckpointError(UserError):
 def run_program(main: Callable[[list[str]], object]) -> None:
     """Run `main(argv)`. A UserError becomes one line on stderr and exit status 1.
 
-    The line is also appended to the file that SIDE4VIDEO_ERROR_FILE names. scripts/launch.sh repeats it below the long
-    report of torch.distributed.run.
+    The line is also appended to the file that SIDE4VIDEO_ERROR_FILE names; utils/launch.py repeats it as the last one.
     """
     try:
         with StopSignals():
@@ -55,7 +55,7 @@ def run_program(main: Callable[[list[str]], object]) -> None:
 
 def _end(line: str, status: int) -> NoReturn:
     sys.stderr.write(f"{line}\n")
-    if path := os.environ.get("SIDE4VIDEO_ERROR_FILE"):
+    if path := os.environ.get(ERRORS):
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
     sys.exit(status)
