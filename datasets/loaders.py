@@ -66,8 +66,8 @@ def naming_lost_workers(loader: VideoLoader) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
             raise
         if "timed out" in str(error):
             what = (
