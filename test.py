@@ -23,6 +23,7 @@ from datasets.loaders import build_eval_loader, check_shared_memory, naming_lost
 from engine.class_names import class_order
 from engine.configuration import read_config
 from engine.loops import evaluate
+from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.scores import PartialScores, Scores, save_scores
 from engine.summary import describe_model
@@ -127,7 +128,8 @@ def test(
     check_shared_memory(loader)
     started = time.perf_counter()
     try:
-        with naming_lost_processes(), naming_lost_workers(loader):
+        memory = explaining_memory(config, device, training=False)
+        with naming_lost_processes(), naming_lost_workers(loader), memory:
             scores = evaluate(model, loader, precision, config, partial)
     except BaseException:
         if partial:

@@ -22,6 +22,7 @@ from datasets.loaders import (
 from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
+from engine.memory import explaining_memory
 from engine.metrics import topk_accuracy
 from engine.optim import build_optimizer
 from engine.reporter import Reporter
@@ -155,7 +156,11 @@ def train_in(
         for epoch in range(progress.epoch, config.solver.epochs):
             first, progress.step = progress.step, 0
             train_loader.sampler.set_epoch(epoch, first * config.data.batch_size)
-            with naming_lost_workers(train_loader), saver.epoch(epoch) as after_update:
+            with (
+                naming_lost_workers(train_loader),
+                explaining_memory(config, device, training=True),
+                saver.epoch(epoch) as after_update,
+            ):
                 loss = train_one_epoch(
                     model, train_loader, optimizer, scaler, precision, epoch, config, reporter, first, after_update
                 )
@@ -199,7 +204,7 @@ def is_evaluated(epoch: int, config: DotMap) -> bool:
 
 def validate(model: Side4Video, loader: VideoLoader, precision: Precision, config: DotMap) -> float:
     """One view of every validation video; logs and returns top-1 in percent."""
-    with naming_lost_workers(loader):
+    with naming_lost_workers(loader), explaining_memory(config, precision.device, training=False):
         scores = evaluate(model, loader, precision, config)
     top1, top5 = (topk_accuracy(scores, loader.dataset.labels, k) for k in (1, 5))
     log.info("validation: top-1 %.2f, top-5 %.2f on %d videos", top1, top5, len(scores))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.errors import DataError
+from utils.errors import DataError, quoted
 
 COLUMNS = {"RGB": ("path", "num_frames", "label"), "video": ("path", "label")}
 UNLABELLED = -1
+LONGEST_LINE = 65536  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,11 @@ def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
     """Yield ("FILE:LINE", stripped line) for every line of a UTF-8 text file, including blank lines."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{path}:{number}: the line is longer than {LONGEST_LINE} characters")
                 yield f"{path}:{number}", line.strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
@@ -71,7 +76,7 @@ def split_line(source: str, line: str, modality: str) -> list[str]:
     columns = COLUMNS[modality]
     values = line.rsplit(maxsplit=len(columns) - 1)
     if len(values) != len(columns):
-        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {line!r}")
+        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {quoted(line)}")
     return values
 
 
@@ -114,6 +119,19 @@ def few_shot(
     return [records[index] for index in sorted(index for indices in of_class for index in indices[:shot])]
 
 
+def csv_rows(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield ("FILE:LINE", fields) for every row of a csv file. Raises DataError if it cannot be read."""
+    rows = csv.reader(line for _, line in numbered_lines(path))
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.line_num}: not readable as csv ({error}); is a quote not closed?") from error
+        yield f"{path}:{rows.line_num}", row
+
+
 def read_class_names(csv_path: str, num_classes: int) -> list[str]:
     """Return the class names in label order from a csv file with the header `id,name`, in any order of rows.
 
@@ -121,23 +139,23 @@ def read_class_names(csv_path: str, num_classes: int) -> list[str]:
         DataError: wrong header, wrong number of columns, an id that is missing, repeated or outside
             0..num_classes-1, or a name that is empty or repeated.
     """
-    rows = csv.reader(line for _, line in numbered_lines(csv_path))
-    header = [value.strip() for value in next(rows, [])]
+    rows = csv_rows(csv_path)
+    header = [value.strip() for value in next(rows, ("", []))[1]]
     if header != ["id", "name"]:
-        raise DataError(f"{csv_path}:1: the header must read 'id,name', got {','.join(header)!r}")
+        raise DataError(f"{csv_path}:1: the header must read 'id,name', got {quoted(','.join(header))}")
     names: dict[int, str] = {}
-    for row in rows:
+    for source, row in rows:
         if not row:
             continue
-        source, line = f"{csv_path}:{rows.line_num}", ",".join(row)
+        line = ",".join(row)
         if len(row) != 2:
-            raise DataError(f"{source}: a line must read 'id,name' (a name with commas in quotes), got {line!r}")
+            raise DataError(f"{source}: a line must read 'id,name' (a name with commas in quotes), got {quoted(line)}")
         label = _integer(row[0], f"{source}: id (data.num_classes is {num_classes})", 0, num_classes - 1, line)
         name = row[1].strip()
         if label in names:
             raise DataError(f"{source}: id {label} is there twice")
         if not name or name in names.values():
-            raise DataError(f"{source}: every name must be given and unique, got {name!r}")
+            raise DataError(f"{source}: every name must be given and unique, got {quoted(name)}")
         names[label] = name
     if missing := set(range(num_classes)) - set(names):
         raise DataError(f"{csv_path}: ids must be 0..{num_classes - 1}, but {min(missing)} is missing")
@@ -150,4 +168,4 @@ def _integer(text: str, name: str, low: int, high: int | None, line: str) -> int
         if value >= low and (high is None or value <= high):
             return value
     allowed = f"of at least {low}" if high is None else f"in {low}..{high}"
-    raise DataError(f"{name} must be an integer {allowed}, got {text!r} in the line {line!r}")
+    raise DataError(f"{name} must be an integer {allowed}, got {quoted(text)} in the line {quoted(line)}")

@@ -14,13 +14,14 @@ from typing import Protocol
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import DECODERS, is_mpeg_stream
 from datasets.frame_files import frame_pattern
 from utils.errors import DataError, UserError
 
+MOST_PIXELS = 100 * 10**6  # of an image; a damaged or hostile header must not fill the memory
 JPEG_START = b"\xff\xd8"
 
 
@@ -124,9 +125,17 @@ class FrameFolderReader:
                 problem = "frame missing"
                 advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
             else:
-                problem, advice = f"frame unreadable ({error})", "extract it again"
+                reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
+                problem, advice = f"frame unreadable ({reason})", "extract it again"
             listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
             raise DataError(f"{path}: {problem}; {listed}; {advice}") from error
+
+
+class TooManyPixels(Exception):
+    """The header of an image promises more than MOST_PIXELS."""
+
+    def __init__(self, width: int, height: int):
+        super().__init__(f"its header promises {width} x {height} pixels, more than {MOST_PIXELS // 10**6} megapixels")
 
 
 def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
@@ -141,9 +150,13 @@ def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
     if data.startswith(JPEG_START):
         with contextlib.suppress(ValueError):
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if height * width > MOST_PIXELS:
+                raise TooManyPixels(width, height)
             if colours not in ("CMYK", "YCCK"):  # libjpeg converts these to RGB differently than Pillow
                 return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3))
     with Image.open(io.BytesIO(data)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise TooManyPixels(image.width, image.height)
         return np.array(image.convert("RGB"))
 
 

@@ -5,6 +5,7 @@ width.
 """
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -119,6 +120,26 @@ def choose_layers(side_layers: str | list[int], depth: int) -> list[int]:
     return layers
 
 
+# What a tower may be built with: the arguments of timm's two classes that are numbers, switches and names. Arguments of
+# timm's factory, such as `checkpoint_path` and `pretrained`, would load a file behind the project's back.
+ARCHITECTURE_ARGUMENTS = {
+    name
+    for family in (VisionTransformer, Eva)
+    for name in inspect.signature(family.__init__).parameters
+    if name not in ("self", "args", "kwargs", "device", "dtype") and not name.endswith(("_layer", "_fn"))
+}
+
+
+def refuse_other_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise ConfigError for a key of `network.backbone_kwargs` that is no argument of the tower's architecture."""
+    for name in kwargs:
+        if name not in ARCHITECTURE_ARGUMENTS:
+            nearest = difflib.get_close_matches(str(name), ARCHITECTURE_ARGUMENTS, n=1, cutoff=0)[0]
+            raise ConfigError(
+                f"network.backbone_kwargs.{name}: no argument of the tower's architecture; did you mean {nearest}?"
+            )
+
+
 class InPlaceQuickGELU(nn.Module):
     """x * sigmoid(1.702 x). Same bits as timm's QuickGELU in a third of the time, because it allocates only once."""
 
@@ -176,6 +197,7 @@ class FrozenTower(nn.Module):
         """
         super().__init__()
         kwargs = dict(backbone_kwargs or {})
+        refuse_other_arguments(kwargs)
         if kwargs.get("img_size", input_size) != input_size:
             raise ConfigError(f"network.backbone_kwargs.img_size: leave it out, data.input_size ({input_size}) decides")
         try:

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from modules.checkpoint_entries import check_entries, optimizer_tensors
 from modules.hashing import TOWER_POSITIONS, hash_tensors, tower_hashes
-from modules.pretrained import load_strictly
+from modules.pretrained import explain, load_strictly
 from modules.released import from_released, to_released
 from modules.side4video import Side4Video
 from modules.torchscript_archive import check_archive
@@ -207,9 +207,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # after torch's general advice
-        raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint: {explain(path, error)}") from error
     if not isinstance(content, dict) or not (content.get("format") == FORMAT or is_released(content)):
         raise CheckpointError(
             f"{path}: not a checkpoint of this project (no entry format: {FORMAT!r}), nor a released one of Side4Video "

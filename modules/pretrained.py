@@ -124,7 +124,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = read_content(path)
     except Exception as error:
-        raise CheckpointError(f"{path}: not a readable weight file: {explain(error)}") from error
+        raise CheckpointError(f"{path}: not a readable weight file: {explain(path, error)}") from error
     for nest in ("module", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
@@ -143,13 +143,21 @@ def read_content(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def explain(error: Exception) -> str:
-    """One line for an error of `read_content`, without torch's advice to load the file unsafely."""
+def explain(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, in words; torch's own advise to load it unsafely, or ask for a bug report."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs, not the file itself: run git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "it is a web page: download the file itself"
     text = str(error).strip()
     if refused := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {refused[1]}, which no tensor needs and is refused"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is damaged, or no file of weights at all"
+    if isinstance(error, pickle.UnpicklingError | zipfile.BadZipFile) or "PytorchStreamReader" in text:
+        return "it is damaged, or not a file of weights at all"
     return text.splitlines()[0] if text else type(error).__name__
 
 

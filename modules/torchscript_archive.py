@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+LONGEST_PICKLE = 256 * 2**20  # bytes; the tensors lie beside it
+
 
 class ScriptObject:
     """A module of the archive with its attributes, or a typed list, of which the content is not needed."""
@@ -134,9 +136,12 @@ def check_archive(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
+            holds_tensors = "/data/" in entry.filename or entry.filename.endswith(".pkl")  # code may be compressed
+            if entry.compress_type != zipfile.ZIP_STORED and holds_tensors:
                 raise ValueError(f"entry {entry.filename} is compressed, as by a zip program; write it with torch.save")
-            if entry.file_size != entry.compress_size:
+            if entry.filename.endswith(".pkl") and entry.file_size > LONGEST_PICKLE:
+                raise ValueError(f"entry {entry.filename} has {entry.file_size} bytes, too many for names and shapes")
+            if holds_tensors and entry.file_size != entry.compress_size:
                 raise ValueError(f"entry {entry.filename} states two sizes; it is damaged")
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"entry {damaged} is damaged (CRC)")

@@ -3,7 +3,6 @@
 A file in another format raises a DataError that names the file and, if possible, the line.
 """
 
-import csv
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.annotations import numbered_lines
+from datasets.annotations import csv_rows, numbered_lines
 from utils.errors import DataError
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -34,14 +33,13 @@ class Annotation:
 
 def read_kinetics(path: Path) -> list[Annotation]:
     """A csv file with columns label, youtube_id, time_start, time_end, and others. Names are <id>_<start>_<end>."""
-    rows = csv.reader(line for _, line in numbered_lines(str(path)))
-    header = next(rows, [])
+    rows = csv_rows(str(path))
+    _, header = next(rows, ("", []))
     if missing := [name for name in KINETICS_COLUMNS if name not in header]:
         raise DataError(f"{path}:1: the header must name {', '.join(KINETICS_COLUMNS)}, but {missing[0]} is missing")
     places = [header.index(name) for name in KINETICS_COLUMNS]
     annotations = []
-    for row in rows:
-        source = f"{path}:{rows.line_num}"
+    for source, row in rows:
         if not row:
             continue
         try:

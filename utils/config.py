@@ -15,9 +15,10 @@ import yaml
 from dotmap import DotMap
 
 from utils.config_schema import ANY, FIELDS, LEGACY, REQUIRED, SECTIONS
-from utils.errors import ConfigError, run_program
+from utils.errors import ConfigError, quoted, run_program
 
 NO_FILES = (("network.weights", "hub"), ("resume", "auto"))  # values of file keys that name no file
+MOST_VALUES = 10_000  # of one file
 COMMAND_LINE = "command line"
 USAGE = "usage: python -m utils.config train|test CONFIG [key=value ...]"
 Fail = Callable[[str, str], NoReturn]
@@ -116,7 +117,7 @@ def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Entry]:
         elif isinstance(value, dict):
             entries |= {f"{name}.{key}": Entry(item, places[f"{name}.{key}"]) for key, item in value.items()}
         else:
-            raise ConfigError(f"{places[name]}: {name}: a section, so keys must stand below it, not {value!r}")
+            raise ConfigError(f"{places[name]}: {name}: a section, so keys must stand below it, not {quoted(value)}")
     base = entries.pop("base", Entry(None, ""))
     try:
         base_name = FIELDS["base"].read(base.value)
@@ -138,13 +139,21 @@ def _parse(text: str, name: str, numbered: bool = True) -> tuple[object, dict[st
     A place is `name:LINE`, or `name` alone unless `numbered`. PyYAML's own loader keeps no lines and accepts a key that
     is given twice, so the tree of nodes is read here. Raises ConfigError.
     """
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
     places: dict[str, str] = {}
+    values_left = MOST_VALUES  # aliases of aliases can stand for billions
 
     def place(mark: yaml.Mark | None) -> str:
         return f"{name}:{mark.line + 1}" if numbered and mark else name
 
     def plain(node: yaml.Node, prefix: str) -> object:
+        nonlocal values_left
+        values_left -= 1
+        if values_left < 0:
+            raise ConfigError(f"{name}: stands for more than {MOST_VALUES} values; its aliases repeat each other")
         if isinstance(node, yaml.ScalarNode):
             return loader.construct_object(node)
         if isinstance(node, yaml.SequenceNode):
@@ -171,7 +180,7 @@ def _parse(text: str, name: str, numbered: bool = True) -> tuple[object, dict[st
 def _apply_override(entries: dict[str, Entry], override: str) -> None:
     key, equals, text = override.partition("=")
     if not key or not equals:
-        raise ConfigError(f"{COMMAND_LINE}: {override!r} must have the form key=value, like solver.lr=1e-3")
+        raise ConfigError(f"{COMMAND_LINE}: {quoted(override)} must have the form key=value, like solver.lr=1e-3")
     if key == "base":
         raise ConfigError(f"{COMMAND_LINE}: base: only a file can name its base")
     if key in SECTIONS:
@@ -202,7 +211,7 @@ def _check_legacy(entries: dict[str, Entry], values: Values, fail: Fail) -> None
         accepted = (values[neutral], None) if neutral in FIELDS else (neutral,)
         number_for_bool = value is not None and isinstance(value, bool) != isinstance(accepted[0], bool)
         if neutral is not ANY and (value not in accepted or number_for_bool):
-            fail(key, f"is {value!r}, but only {accepted[0]!r} is supported: {why}")
+            fail(key, f"is {quoted(value)}, but only {accepted[0]!r} is supported: {why}")
 
 
 def _check_together(values: Values, purpose: Purpose, fail: Fail) -> None:

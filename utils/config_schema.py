@@ -11,7 +11,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from string import Formatter
 from typing import NamedTuple
+
+from utils.errors import quoted
 
 REQUIRED = object()  # the default of a key that must be given
 ANY = object()  # in LEGACY: every value is accepted
@@ -46,6 +49,11 @@ class Rule(NamedTuple):
     holds: Callable[..., bool]
 
 
+def _from_to(low: int, high: int) -> Rule:
+    """High limits are far above what anybody uses; they catch slips that would fill the memory."""
+    return Rule(f"from {low} to {high}", lambda value: low <= value <= high)
+
+
 def _at_least(low: int) -> Rule:
     return Rule(f"at least {low}", lambda value: value >= low)
 
@@ -54,7 +62,16 @@ def _one_of(*names: str) -> Rule:
     return Rule(f"one of {', '.join(names)}", lambda value: value in names)
 
 
+def _fields(template: str) -> list[tuple]:
+    try:
+        return list(Formatter().parse(template))
+    except ValueError:
+        return []
+
+
 def _names_frames(template: str) -> bool:
+    if re.search(r"\d{4}", "".join(spec or "" for _, _, spec, _ in _fields(template))):
+        return False  # a number padded to thousands of digits
     try:
         return template.format(1) != template.format(2)
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -79,7 +96,7 @@ _STD = Rule(
     "three of them, for red, green and blue, each above 0 and at most 1",
     lambda std: len(std) == 3 and all(0 < x <= 1 for x in std),
 )
-_WIDTH = Rule("a positive multiple of 64", lambda value: value > 0 and value % 64 == 0)
+_WIDTH = Rule("a positive multiple of 64, at most 16384", lambda value: 0 < value <= 16384 and value % 64 == 0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,7 @@ class Field:
                 return result
         except (ValueError, OverflowError):
             pass
-        raise ValueError(f"is {value!r}, must be {self.must}")
+        raise ValueError(f"is {quoted(value)}, must be {self.must}")
 
 
 def _convert(kind: str, value: object) -> object:
@@ -180,7 +197,9 @@ FIELDS = {
         "Checkpoint to start a new training from, ours or a released one. For other classes the head is initialised "
         "again.",
     ),
-    "seed": Field("int", 1024, "Seed of initialisation, video order, frames, crops and flips.", _at_least(0)),
+    "seed": Field(
+        "int", 1024, "Seed of initialisation, video order, frames, crops and flips.", _from_to(0, 4294967295)
+    ),
     # data
     "data.dataset": Field(
         "str", REQUIRED, "Name of the data set. Its runs are stored in a folder of this name.", _NOT_EMPTY
@@ -205,18 +224,18 @@ FIELDS = {
         "or VP9 in mp4, mov, mkv or webm.",
         _one_of("pyav", "decord", "auto"),
     ),
-    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _at_least(1)),
-    "data.batch_size": Field("int", REQUIRED, "Training videos in a batch of each process.", _at_least(1)),
+    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _from_to(1, 1024)),
+    "data.batch_size": Field("int", REQUIRED, "Training videos in a batch of each process.", _from_to(1, 65536)),
     "data.workers": Field(
         "int",
         4,
         "Loader processes of each training process; with 0, the training process loads the data itself.",
-        _at_least(0),
+        _from_to(0, 1024),
     ),
     "data.prefetch": Field(
-        "int", 2, "Batches that each loader process prepares in advance. Fewer need less memory.", _at_least(1)
+        "int", 2, "Batches that each loader process prepares in advance. Fewer need less memory.", _from_to(1, 1024)
     ),
-    "data.num_classes": Field("int", REQUIRED, "Number of classes. Labels start at 0.", _at_least(1)),
+    "data.num_classes": Field("int", REQUIRED, "Number of classes. Labels start at 0.", _from_to(1, 1000000)),
     "data.image_tmpl": Field(
         "str",
         "img_{:05d}.jpg",
@@ -258,7 +277,7 @@ FIELDS = {
     ),
     "data.label_list": Field("file", None, "Class names in a csv file with the header `id,name`."),
     "data.input_size": Field(
-        "int", None, "Height and width of the model's input in pixels. None: the tower's.", _at_least(1)
+        "int", None, "Height and width of the model's input in pixels. None: the tower's.", _from_to(1, 4096)
     ),
     "data.resize": Field("int or list of int", None, "Size of a frame before cropping. None: the protocol's.", _RESIZE),
     "data.flip": Field(
@@ -284,7 +303,7 @@ FIELDS = {
         "int",
         1,
         "Clips from each loaded training video. All show the same frames, each with its own augmentation.",
-        _at_least(1),
+        _from_to(1, 64),
     ),
     "data.rand_aug": Field("bool", False, "Use RandAugment, with the same operations for all frames of a clip."),
     "data.rand_erase": Field("bool", False, "Use random erasing, with the same box in all frames of a clip."),
@@ -293,7 +312,9 @@ FIELDS = {
         False,
         "Take frames from a window of 128 frames, not from the whole video. `data.num_segments` must be at most 128.",
     ),
-    "data.shot": Field("int", None, "Train on this many videos of each class only. `seed` chooses them.", _at_least(1)),
+    "data.shot": Field(
+        "int", None, "Train on this many videos of each class only. `seed` chooses them.", _from_to(1, 1000000)
+    ),
     # network
     "network.arch": Field(
         "str", REQUIRED, "The frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY
@@ -342,8 +363,10 @@ FIELDS = {
     "solver.type": Field(
         "str", "cosine", "Schedule of the learning rate after the warm-up.", _one_of("cosine", "multistep")
     ),
-    "solver.epochs": Field("int", REQUIRED, "Number of passes over the training list.", _at_least(1)),
-    "solver.start_epoch": Field("int", 0, "First epoch, counted from 0. Must be below `solver.epochs`.", _at_least(0)),
+    "solver.epochs": Field("int", REQUIRED, "Number of passes over the training list.", _from_to(1, 100000)),
+    "solver.start_epoch": Field(
+        "int", 0, "First epoch, counted from 0. Must be below `solver.epochs`.", _from_to(0, 100000)
+    ),
     "solver.lr": Field(
         "float",
         REQUIRED,
@@ -369,7 +392,7 @@ FIELDS = {
         _at_least(0),
     ),
     "solver.grad_accumulation_steps": Field(
-        "int", 1, "Number of batches whose gradients are added for one update.", _at_least(1)
+        "int", 1, "Number of batches whose gradients are added for one update.", _from_to(1, 65536)
     ),
     "solver.mixup": Field("bool", False, "Mix the clips of each batch in pairs, by mixup or cutmix."),
     "solver.smoothing": Field("float", 0.1, "Label smoothing. `solver.mixup` requires 0.1.", _FRACTION),
@@ -403,7 +426,7 @@ FIELDS = {
     ),
     # test
     "test.view_batch": Field(
-        "int", None, "Number of views that the model evaluates at once. None: `data.batch_size`.", _at_least(1)
+        "int", None, "Number of views that the model evaluates at once. None: `data.batch_size`.", _from_to(1, 65536)
     ),
     "test.remap_labels": Field(
         "bool",
@@ -419,9 +442,11 @@ FIELDS = {
         _ABOVE_0,
         optional=True,
     ),
-    "logging.keep": Field("int", 2, "Number of newest checkpoints that are kept in the folder of a run.", _at_least(1)),
-    "logging.print_freq": Field("int", 10, "Print a line every this many iterations.", _at_least(1)),
-    "logging.eval_freq": Field("int", 1, "Evaluate every this many epochs.", _at_least(1)),
+    "logging.keep": Field(
+        "int", 2, "Number of newest checkpoints that are kept in the folder of a run.", _from_to(1, 1000)
+    ),
+    "logging.print_freq": Field("int", 10, "Print a line every this many iterations.", _from_to(1, 1000000000)),
+    "logging.eval_freq": Field("int", 1, "Evaluate every this many epochs.", _from_to(1, 100000)),
     "logging.skip_epoch": Field(
         "list of int", [], "Epochs, counted from 0, that are not evaluated. They are saved.", _EPOCHS
     ),

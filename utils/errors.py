@@ -19,7 +19,8 @@ class UserError(Exception):
     def line(self) -> str:
         """The message without the traceback that a DataLoader adds to a worker's error."""
         last = str(self).strip().rsplit("\n", 1)[-1]
-        return last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
+        line = last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")
+        return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 
 class ConfigError(UserError):
@@ -32,6 +33,13 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A weight file or a checkpoint does not fit the model."""
+
+
+def quoted(value: object) -> str:
+    """A value for an error message: in quotes, control characters escaped, at most 80 characters of it."""
+    text = repr(value[:80] if isinstance(value, str) else value)
+    long = len(value) > 80 if isinstance(value, str) else len(text) > 80
+    return f"{text if isinstance(value, str) else text[:80]}{'...' if long else ''}"
 
 
 def run_program(main: Callable[[list[str]], object]) -> None:

@@ -1,0 +1,360 @@
+"""Bad input, and the one line that each ends with: `python tests/bad_input.py > docs/errors.md` prints the page.
+
+tests/test_bad_input.py runs the cases again and compares them with the page. DIR stands for the folder of the case.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import test as test_program
+import train as train_program
+from tools import check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from utils import config as config_program
+from utils.config_schema import FIELDS, Field
+from utils.errors import run_program
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+HEAD = """# What goes wrong, and what it says
+
+Written by `python tests/bad_input.py > docs/errors.md`; a test runs every case again. Each ends the program with
+status 1 (2 where the command line itself cannot be read), and nothing is written. DIR stands for a folder.
+"""
+Prepare = Callable[[Path], list[str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad input: a program, its arguments, and files that are put into DIR before."""
+
+    section: str
+    what: str
+    program: Callable[[list[str]], object]
+    arguments: list[str]
+    files: dict[str, str | bytes] = field(default_factory=dict)
+
+
+def make_base(folder: Path) -> None:
+    """A tiny data set of frames and videos, and the configuration tiny.yaml that trains on it."""
+    motion_demo.generate(folder / "data", train_videos=8, val_videos=2, size=32, num_frames=4)
+    data = {
+        "dataset": "motion_demo",
+        "num_segments": 2,
+        "batch_size": 2,
+        "workers": 0,
+        "num_classes": 10,
+        "label_list": f"{folder}/data/classes.csv",
+        "input_size": 32,
+        **{f"{part}_root": f"{folder}/data/frames" for part in ("train", "val")},
+        **{f"{part}_list": f"{folder}/data/{part}.txt" for part in ("train", "val")},
+    }
+    network = {"arch": "timm/vit_tiny_patch16_224", "init": False, "side_dim": 64}
+    network["backbone_kwargs"] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    tree = {"data": data, "network": network, "solver": {"epochs": 1, "lr": 1e-3}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+
+def train(*overrides: str, config: str = "DIR/tiny.yaml") -> list[str]:
+    return ["--config", config, "--output", "DIR/run", *overrides]
+
+
+def test(*overrides: str, weights: str = "DIR/m.pt") -> list[str]:
+    return ["--config", "DIR/tiny.yaml", "--weights", weights, *overrides]
+
+
+WRONG_KIND = {
+    "bool": "maybe",
+    "int": "many",
+    "float": "fast",
+    "str": "[1, 2]",
+    "file": "[1, 2]",
+    "folder": "[1, 2]",
+    "list of int": "three",
+    "list of float": "three",
+    "int or list of int": "wide",
+    "layers": "some",
+    "dict": "7",
+}
+
+
+def out_of_range(entry: Field) -> str | None:
+    """A value of the right kind that the field's rule refuses."""
+    if entry.rule is None:
+        return None
+    candidates = ["-1", "0", "1000000000000", "other", "''", "[]", "[-1]", "[0.5]", "img.jpg"]
+    for text in candidates:
+        value = yaml.safe_load(text)
+        try:
+            entry.read(value)
+        except ValueError:
+            if not isinstance(value, str) or entry.kind in ("str", "layers"):
+                return text
+    return None
+
+
+def key_cases() -> Iterator[Case]:
+    for key, entry in FIELDS.items():
+        if key == "base":
+            continue
+        yield Case("Values of another kind", key, train_program.main, train(f"{key}={WRONG_KIND[entry.kind]}"))
+        if (value := out_of_range(entry)) is not None:
+            yield Case("Values out of range", key, train_program.main, train(f"{key}={value}"))
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+def configuration_cases() -> Iterator[Case]:
+    files: dict[str, tuple[str, str | bytes]] = {
+        "an empty file": ("c.yaml", ""),
+        "no mapping": ("c.yaml", "- 1\n"),
+        "a tab": ("c.yaml", "data:\n\tdataset: x\n"),
+        "a bracket that is not closed": ("c.yaml", "data: {dataset: x\n"),
+        "a key given twice": ("c.yaml", "data:\n  workers: 1\n  workers: 2\n"),
+        "an unknown key": ("c.yaml", "data:\n  worker: 1\n"),
+        "an unknown section": ("c.yaml", "dat:\n  workers: 1\n"),
+        "a section without keys": ("c.yaml", "data: 3\n"),
+        "a dotted key in a file": ("c.yaml", "data.workers: 1\n"),
+        "no text": ("c.yaml", b"\xff\xfe\x00\x01"),
+        "a base that is not there": ("c.yaml", "base: gone.yaml\n"),
+        "a base that is based on the file": ("c.yaml", "base: c.yaml\n"),
+        "aliases that stand for a billion values": ("c.yaml", BOMB),
+        "a date that does not exist": ("c.yaml", "data:\n  dataset: 2020-13-45\n"),
+        "a required key that is missing": ("c.yaml", "data:\n  dataset: x\n"),
+        "an old key with another value": ("c.yaml", "base: tiny.yaml\nnetwork:\n  tm: tsm\n"),
+    }
+    for what, (name, content) in files.items():
+        yield Case("Configuration files", what, train_program.main, train(config="DIR/c.yaml"), {name: content})
+    yield Case("Configuration files", "a file that is not there", train_program.main, train(config="DIR/gone.yaml"))
+    yield Case("Configuration files", "a folder", train_program.main, train(config="DIR/data"))
+    overrides = {
+        "no equals sign": "solver.lr",
+        "no key": "=1",
+        "a misspelt key": "solver.lrr=1",
+        "a key of another section": "data.lr=1",
+        "a section": "data=1",
+        "a base": "base=c.yaml",
+        "no YAML": "data.resize=[1,",
+        "a very long value": f"data.workers={'9' * 500}",
+        "a control character": "data.protocol=\x1b[31m",
+        "a dangerous argument of timm": "network.backbone_kwargs.checkpoint_path=/tmp/x.pt",
+        "a misspelt argument of timm": "network.backbone_kwargs.depht=2",
+        "a million workers": "data.workers=1000000",
+        "a number padded to thousands of digits": "data.image_tmpl=img_{:099999d}.jpg",
+    }
+    for what, override in overrides.items():
+        yield Case("Command lines", what, train_program.main, train(override))
+    together = {
+        "resume and pretrain": ["resume=DIR/tiny.yaml", "pretrain=DIR/tiny.yaml"],
+        "mixup of an odd batch": ["solver.mixup=True", "data.batch_size=3"],
+        "mixup with another smoothing": ["solver.mixup=True", "solver.smoothing=0.2"],
+        "dense sampling of too many frames": ["data.dense=True", "data.num_segments=129"],
+        "a start behind the end": ["solver.start_epoch=5"],
+        "multistep without steps": ["solver.type=multistep"],
+        "weights of a random tower": ["network.weights=DIR/tiny.yaml"],
+        "a resize below the input": ["data.resize=16"],
+        "an evaluation of nothing": ["solver.evaluate=True"],
+        "one clip a process": ["data.batch_size=1"],
+        "a batch that the videos do not fill": ["data.batch_size=64"],
+        "an unknown tower": ["network.arch=ViT-B16"],
+        "an unknown model of timm": ["network.arch=timm/vit_tinny"],
+        "a tower that is no transformer": ["network.arch=timm/resnet18", "network.backbone_kwargs={}"],
+        "an input that patches do not fill": ["data.input_size=40"],
+        "blocks that the tower has not": ["network.side_layers=[3]"],
+        "a tower without weights of its own": ["network.init=True"],
+        "more videos of a class than there are": ["data.shot=5"],
+    }
+    for what, values in together.items():
+        yield Case("Values that do not go together", what, train_program.main, train(*values))
+    for key in (
+        "data.train_list",
+        "data.val_list",
+        "data.train_root",
+        "data.label_list",
+        "pretrain",
+        "network.weights",
+    ):
+        more = ["network.init=True"] if key == "network.weights" else []
+        yield Case("Paths", f"{key} that is not there", train_program.main, train(f"{key}=DIR/gone", *more))
+
+
+def list_cases() -> Iterator[Case]:
+    lines: dict[str, str | bytes] = {
+        "no lines": "",
+        "a column that is missing": "train_00000 4\n",
+        "a label that is no number": "train_00000 4 left\n",
+        "a label outside of the classes": "train_00000 4 10\n",
+        "a negative label": "train_00000 4 -2\n",
+        "no frames": "train_00000 0 1\n",
+        "half a frame": "train_00000 1.5 1\n",
+        "labels in a part of the list": "train_00000 4 1\ntrain_00001 4 -1\n",
+        "no labels in training": "train_00000 4 -1\n",
+        "a line of megabytes": "x" * 3_000_000 + " 4 1\n",
+        "no UTF-8": b"train_\xff 4 1\n",
+        "a video that is not there": "gone 4 1\ngone 4 1\n",
+        "more frames than there are": "train_00000 9 1\ntrain_00000 9 1\n",
+    }
+    for what, content in lines.items():
+        yield Case("Lists", what, train_program.main, train("data.train_list=DIR/l.txt"), {"l.txt": content})
+    names = ["id,name\n", *(f"{label},class {label}\n" for label in range(10))]
+    classes: dict[str, str | bytes] = {
+        "no header": "".join(names[1:]),
+        "an id that is missing": "".join(names[:-1]),
+        "an id given twice": "".join([*names, "3,again\n"]),
+        "an id outside of the classes": "".join([*names[:-1], "12,x\n"]),
+        "a name given twice": "".join([*names[:-1], "9,class 3\n"]),
+        "a name that is empty": "".join([*names[:-1], "9,\n"]),
+        "three columns": "".join([*names[:-1], "9,a,b\n"]),
+        "a field of 180,000 characters": "".join([*names[:-1], '9,"', *["x" * 60_000 + "\n"] * 3, '"']),
+    }
+    for what, content in classes.items():
+        yield Case("Class files", what, train_program.main, train("data.label_list=DIR/c.csv"), {"c.csv": content})
+
+
+PNG_BOMB = bytes.fromhex("89504e470d0a1a0a0000000d49484452000186a0000186a0080200000027309c9f0000000049444154")
+
+
+def media_cases() -> Iterator[Case]:
+    listed = {"l.txt": "v 4 1\nv 4 1\n"}
+    frames: dict[str, str | bytes] = {
+        "an empty frame": b"",
+        "a frame that is text": b"<html>404</html>",
+        "a frame that ends too soon": b"\xff\xd8\xff\xe0" + b"\0" * 30,
+        "a header that promises 10,000 megapixels": PNG_BOMB,
+    }
+    for what, content in frames.items():
+        files = {**listed, **{f"frames/v/img_{number:05d}.jpg": content for number in range(1, 5)}}
+        arguments = train("data.train_root=DIR/frames", "data.train_list=DIR/l.txt")
+        yield Case("Frames and videos", what, train_program.main, arguments, files)
+    for what, content in {"an empty video": b"", "a video that is text": b"no video"}.items():
+        files = {"l.txt": "v.mp4 1\nv.mp4 1\n", "v.mp4": content}
+        arguments = train("data.modality=video", *(f"data.{p}_root=DIR" for p in ("train", "val")))
+        arguments += [f"data.{part}_list=DIR/l.txt" for part in ("train", "val")]
+        yield Case("Frames and videos", what, train_program.main, arguments, files)
+
+
+def file_cases() -> Iterator[Case]:
+    contents: dict[str, bytes] = {
+        "an empty file": b"",
+        "text": b"no weights",
+        "a page of HTML": b"<!DOCTYPE html><html>404</html>",
+        "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 12\n",
+        "a zip that ends too soon": b"PK\x03\x04" + b"\0" * 26,
+        "a pickle that wants code": b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00echoq\x01\x85q\x02Rq\x03.",
+    }
+    for what, content in contents.items():
+        yield Case("Checkpoints", what, test_program.main, test(), {"m.pt": content})
+        arguments = train("network.init=True", "network.weights=DIR/w.pt")
+        yield Case("Weight files", what, train_program.main, arguments, {"w.pt": content})
+    yield Case("Checkpoints", "a file that is not there", test_program.main, test())
+    yield Case("Checkpoints", "a folder", test_program.main, test(weights="DIR/data"))
+    yield Case("Checkpoints", "text called .safetensors", test_program.main, test(weights="DIR/m.safetensors"),
+               {"m.safetensors": b"no weights at all"})  # fmt: skip
+    yield Case("Score files", "a folder", test_program.main, test("--save_scores", "DIR/data"))
+    yield Case(
+        "Score files", "a folder that is a file", test_program.main, test("--save_scores", "DIR/tiny.yaml/s.npz")
+    )
+    yield Case("Output", "a file", train_program.main, ["--config", "DIR/tiny.yaml", "--output", "DIR/tiny.yaml"])
+
+
+def tool_cases() -> Iterator[Case]:
+    table: list[tuple[str, Callable[[list[str]], object], list[str], dict[str, str | bytes]]] = [
+        ("check_data: a misspelt key", check_data.main, ["DIR/tiny.yaml", "data.lst=1"], {}),
+        ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
+        ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
+        ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
+        ("extract: no size", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--short_side", "0"], {}),
+        ("extract: a quality of 101", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--quality", "101"], {}),
+        ("list: a root that is not there", prepare_data.main, ["list", "folders", "DIR/gone", "DIR/out"], {}),
+        ("list: no annotation file", prepare_data.main, ["list", "kinetics", "DIR/data", "DIR/out"], {}),
+        ("list: another csv file", prepare_data.main,
+         ["list", "kinetics", "DIR/data", "DIR/out", "--train", "DIR/k.csv"], {"k.csv": "a,b\n1,2\n"}),
+        ("convert: a form that is unclear", convert_checkpoint.main, ["DIR/tiny.yaml", "DIR/m.pt", "DIR/o.pt"], {}),
+        ("convert: a source that is not there", convert_checkpoint.main,
+         ["DIR/tiny.yaml", "DIR/m.pt", "DIR/o.safetensors"], {}),
+        ("download: an unknown name", download_weights.main, ["ViT-X"], {}),
+        ("download: a file of another publisher", download_weights.main, ["EVA02-CLIP-L-14"], {}),
+        ("demo data: no videos", motion_demo.main, ["DIR/demo", "--train_videos", "0"], {}),
+        ("demo data: a folder that is in use", motion_demo.main, ["DIR/data/frames"], {}),
+        ("utils.config: no arguments", config_program.main, [], {}),
+        ("test.py: no clips", test_program.main, [*test(), "--test_clips", "0"], {}),
+        ("test.py: two crops", test_program.main, [*test(), "--test_crops", "2"], {}),
+        ("train.py: no configuration", train_program.main, [], {}),
+        ("train.py: an unknown flag", train_program.main, [*train(), "--fast"], {}),
+    ]  # fmt: skip
+    for what, program, arguments, files in table:
+        yield Case("Programs and tools", what, program, arguments, files)
+
+
+def all_cases() -> list[Case]:
+    makers = (key_cases, configuration_cases, list_cases, media_cases, file_cases, tool_cases)
+    return [case for maker in makers for case in maker()]
+
+
+def run(case: Case, base: Path) -> tuple[int, str, list[str]]:
+    """Status, last line of stderr, and what was left in DIR beside the files that were there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "case"
+        shutil.copytree(base, folder, copy_function=os.link)
+        (folder / "tiny.yaml").unlink()
+        text = (base / "tiny.yaml").read_text(encoding="utf-8").replace(str(base), str(folder))
+        (folder / "tiny.yaml").write_text(text, encoding="utf-8")
+        for path, content in case.files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content.encode() if isinstance(content, str) else content)
+        before = set(folder.rglob("*"))
+        argv, errors = sys.argv, io.StringIO()
+        sys.argv = ["program", *(argument.replace("DIR", str(folder)) for argument in case.arguments)]
+        status = 0
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+                run_program(case.program)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except Exception as error:  # what must not happen
+            status = 99
+            print(f"TRACEBACK {type(error).__name__}: {error}", file=errors)
+        finally:
+            sys.argv = argv
+        left = sorted(str(path.relative_to(folder)) for path in set(folder.rglob("*")) - before)
+        lines = errors.getvalue().rstrip("\n").split("\n")
+        return status, re.sub(r" object at 0x\w+", "", lines[-1].replace(str(folder), "DIR")), left
+
+
+def page(rows: list[tuple[Case, int, str]]) -> str:
+    """The text of docs/errors.md."""
+    lines, section = [HEAD], None
+    for case, status, line in sorted(rows, key=lambda row: [c.section for c, *_ in rows].index(row[0].section)):
+        if case.section != section:
+            section = case.section
+            lines += [f"## {section}\n", "| input | status | line |", "|---|---|---|"]
+        cells = [text.replace("|", "\\|") for text in (case.what, line)]
+        lines.append(f"| {cells[0]} | {status} | `{cells[1]}` |")
+    return re.sub(r"\n(## )", r"\n\n\1", "\n".join(lines)).replace("\n\n\n", "\n\n") + "\n"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name) / "base"
+        base.mkdir()
+        make_base(base)
+        rows = [(case, *run(case, base)[:2]) for case in all_cases()]
+    sys.stdout.write(page(rows))
+
+
+if __name__ == "__main__":
+    main()
