@@ -68,10 +68,8 @@ SWIGLU_NAMES: Names = {  # in addition, for EVA towers with a SwiGLU feed-forwar
 }
 # Tensors in the released EVA files that are not used: final norm and projection, and rope's tables, which are computed.
 NOT_READ = re.compile(r"visual\.(norm|fc_norm|head)\.|.*\brope\.")
-LEADING_AXES = {
-    "visual.class_embedding": 2,
-    "visual.positional_embedding": 1,
-}  # number of axes of size 1 that only ours has
+# Number of leading axes of size 1 that our tensor has and the released one does not.
+LEADING_AXES = {"visual.class_embedding": 2, "visual.positional_embedding": 1}
 
 
 def to_released(model: Side4Video) -> dict[str, Tensor]:

@@ -1,3 +1,5 @@
+"""Weight files of every form: TorchScript archives, torch.save and .safetensors files, damaged and hostile ones."""
+
 import os
 import pickle
 import zipfile
@@ -59,7 +61,7 @@ class Visual(nn.Module):
 
 
 class SmallClip(nn.Module):
-    """What `tiny_tower` needs, under OpenAI's names, beside a text tower."""
+    """The tensors of `tiny_tower` under OpenAI's names, and a text tower."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +81,7 @@ class SmallClip(nn.Module):
 
 
 class Buffers(nn.Module):
-    """Tensors that are hard to store: views of one storage, strides, every type, none and one element."""
+    """Tensors that are hard to store: views of one storage, strides, every dtype, zero elements and one element."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +108,7 @@ def script(module, path):
 
 
 def rewrite(path, change):
-    """Write the archive anew with every (name, content) changed by `change`, which returns None to leave one out."""
+    """Rewrite an archive: `change(name, content)` returns the new name and content of a record, or None to drop it."""
     with zipfile.ZipFile(path) as archive:
         records = [(name, archive.read(name)) for name in archive.namelist()]
     with zipfile.ZipFile(path, "w") as archive:
@@ -175,7 +177,7 @@ def test_views_shared_storages_and_every_type_come_back(tmp_path):
 
 
 class Call:
-    """Pickles as a call of `function`."""
+    """Its pickle calls `function` when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
