@@ -408,10 +408,8 @@ def test_an_error_in_the_file_names_file_line_and_key():
     line = error_line(text=MINIMAL.replace("lr: 1e-3", "lr: abc"))
     assert line == "run.yaml:14: solver.lr: is 'abc', must be a number, above 0"
     line = error_line(text=MINIMAL.replace("side_dim: 320", "side_dim: 300"))
-    assert (
-        line
-        == "run.yaml:11: network.side_dim: is 300, must be a whole number, a positive multiple of 64, at most 16384"
-    )
+    limits = "a whole number, a positive multiple of 64, at most 16384"
+    assert line == f"run.yaml:11: network.side_dim: is 300, must be {limits}"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from modules import build_model, checkpoint_entries
 from modules.checkpoint import checkpoint_state, model_state, read_checkpoint, save_checkpoint, save_safetensors
 from modules.hashing import hash_tensors
 from modules.pretrained import read_state_dict
+from modules.side4video import Side4Video
 from utils.errors import CheckpointError, ConfigError, UserError
 from utils.signals import Stopped, StopSignals
 
@@ -543,3 +544,24 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(config,
     ):
         train_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the device's memory
+
+
+def test_out_of_memory_is_one_line_with_the_sizes_and_what_to_change(config, tmp_path, monkeypatch):
+    train_run(config, tmp_path / "run", "solver.epochs=1", "solver.lr_warmup_step=1")
+
+    def full(self, clips):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+
+    monkeypatch.setattr(Side4Video, "forward", full)
+    with pytest.raises(UserError) as caught:
+        train_run(config, tmp_path / "new", "data.batch_size=4", "solver.recompute=False")
+    assert caught.value.line == (
+        "cpu: out of memory with 4 videos of 1 clip(s) and 4 frames; solver.recompute=True keeps a seventh, or "
+        "data.batch_size=2 solver.grad_accumulation_steps=2 keeps the effective batch, or "
+        "network.backbone_dtype=bfloat16 halves the tower"
+    )
+    with pytest.raises(UserError, match="cpu: out of memory with 4 views at once; set test.view_batch=2"):
+        score_run(config, tmp_path / "run" / "last_model.pt", tmp_path / "s.npz")
