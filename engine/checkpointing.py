@@ -34,11 +34,15 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._unwritten_best: dict[str, Any] | None = None
+        self._copied: dict[str, Any] = {}
 
     def write(self, state: dict[str, Any], is_best: bool) -> None:
         """Copy the tensors that change, and write them in the background. Waits for the write before this one."""
         self.wait()
-        copied = {**state, **{part: to_cpu_copy(state[part]) for part in ("trained", "optimizer", "scaler")}}
+        # Fresh memory costs more than the copy, so the tensors of the last copy are filled again, unless it is kept.
+        old = {} if self._unwritten_best is not None else self._copied
+        self._copied = {part: to_cpu_copy(state[part], old.get(part)) for part in ("trained", "optimizer", "scaler")}
+        copied = {**state, **self._copied}
         self._thread = threading.Thread(target=self._write, args=(copied, is_best), name="checkpoint")
         self._thread.start()
 
@@ -162,12 +166,19 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def to_cpu_copy(value: Any) -> Any:
-    """A copy on the CPU of nested dictionaries and lists of tensors, which later steps do not change."""
+def to_cpu_copy(value: Any, into: Any = None) -> Any:
+    """A copy on the CPU of nested dictionaries and lists of tensors, which later steps do not change.
+
+    Tensors of `into`, an earlier copy, are filled where they have the same shape and dtype.
+    """
     if isinstance(value, torch.Tensor):
+        if isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype):
+            return into.copy_(value.detach())
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: to_cpu_copy(item) for key, item in value.items()}
+        old = into if isinstance(into, dict) else {}
+        return {key: to_cpu_copy(item, old.get(key)) for key, item in value.items()}
     if isinstance(value, list):
-        return [to_cpu_copy(item) for item in value]
+        old_items = into if isinstance(into, list) and len(into) == len(value) else [None] * len(value)
+        return [to_cpu_copy(item, old_item) for item, old_item in zip(value, old_items, strict=True)]
     return copy.copy(value)

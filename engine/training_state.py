@@ -94,7 +94,10 @@ def refuse_changes(checkpoint: dict[str, Any], source: str | Path, config: DotMa
     changed = changed_values(checkpoint["config"], config.toDict())
     for key, old, new in changed:
         log.warning("resume: %s was %s and is %s now", key, old, new)
-    serious = [f"{key} was {old} and is {new} now" for key, old, new in changed if key not in NEUTRAL_KEYS]
+    neutral = set(NEUTRAL_KEYS)
+    if checkpoint.get("world_size", get_world_size()) != get_world_size():
+        neutral |= {"data.batch_size", "solver.grad_accumulation_steps"}  # changed by `keep_global_batch`
+    serious = [f"{key} was {old} and is {new} now" for key, old, new in changed if key not in neutral]
     if serious and not allow:
         raise ConfigError(
             f"resume: {source}: {'; '.join(serious)}: the run would not be the same any more; take the old values, or "

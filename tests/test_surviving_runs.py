@@ -565,3 +565,17 @@ def test_out_of_memory_is_one_line_with_the_sizes_and_what_to_change(config, tmp
     )
     with pytest.raises(UserError, match="cpu: out of memory with 4 views at once; set test.view_batch=2"):
         score_run(config, tmp_path / "run" / "last_model.pt", tmp_path / "s.npz")
+
+
+def test_a_run_of_two_processes_goes_on_in_one_with_the_same_updates(config, tmp_path):
+    """The checkpoint is that of one process, labelled as one of two with half of the batch each."""
+    settings = ["solver.lr_warmup_step=1", "data.batch_size=4"]
+    train_run(config, tmp_path / "run", "solver.epochs=1", *settings)
+    for path in checkpoints(tmp_path / "run"):
+        state = torch.load(path, weights_only=True)
+        state["world_size"], state["config"]["data"]["batch_size"] = 2, 2
+        save_checkpoint(path, state)
+    train_run(config, tmp_path / "run", "resume=auto", "solver.lr_warmup_step=1", "data.batch_size=2")
+    log = (tmp_path / "run" / "train.log").read_text()
+    before, now = "2 videos x 2 process(es) x 1 accumulated = 4", "2 videos x 1 process(es) x 2 accumulated = 4"
+    assert f"resume: {before} before; now {now}" in log and "effective batch: 2 videos x 1 process(es) x 2" in log

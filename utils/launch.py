@@ -63,7 +63,7 @@ def read_progress(folder: Path) -> dict[int, tuple[float, str]]:
 
 def main(argv: list[str]) -> int:
     """Run torchrun and return the exit status."""
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -73,6 +73,11 @@ def main(argv: list[str]) -> int:
     os.environ |= {PROGRESS: str(folder), ERRORS: str(folder / "errors")}
     try:
         run.main(argv)
+    except DistError as error:
+        words = "is in use" if "EADDRINUSE" in str(error) else f"cannot be used ({str(error).splitlines()[0]})"
+        port = os.environ.get("MASTER_PORT", "29500")
+        sys.stderr.write(f"error: MASTER_PORT {port} {words}; set another one, or unset it for a free one\n")
+        return 1
     except SignalException as stopped:
         return 130 if stopped.sigval == signal.SIGINT else 143
     except ChildFailedError as failed:
