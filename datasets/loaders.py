@@ -7,7 +7,7 @@ import torch
 from dotmap import DotMap
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.annotations import few_shot, read_annotations, read_class_names
+from datasets.annotations import VideoRecord, few_shot, read_annotations, read_class_names
 from datasets.flips import flip_pairs
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.transforms import EvalTransform, TrainTransform
@@ -74,18 +74,57 @@ def build_eval_loader(
 ) -> VideoLoader:
     """Every video of `data.val_list` once over all processes, in list order, with V = crops x clips views.
 
-    A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64 (videos,), "indices": int64 (videos,)}, the
-    views of a video side by side. Batches hold as many whole videos as fit `test.view_batch` views, at least one.
-    `dense=None` takes `data.dense`; `unlabelled` accepts a list in which every label is -1.
+    `unlabelled` accepts a list in which every label is -1. Batches and the other arguments are those of
+    `build_record_loader`.
 
     A video file that cannot be read is left out of its batch and listed in `loader.unreadable`; a frame folder only
     with `data.on_error: skip`, else its DataError stops the run.
     """
     data = config.data
     common = _common_parts(config, data.val_root, data.val_list, unlabelled)
-    dataset = EvalVideoDataset(
-        **common,
+    return build_record_loader(
+        config,
+        common["records"],
+        common["reader"],
+        rank,
+        world_size,
+        clips,
+        crops,
+        dense,
+        class_names=common["class_names"],
         skip_unreadable=data.modality == "video" or data.on_error == "skip",
+    )
+
+
+def build_record_loader(
+    config: DotMap,
+    records: list[VideoRecord],
+    reader: Reader,
+    rank: int = 0,
+    world_size: int = 1,
+    clips: int = 1,
+    crops: int = 1,
+    dense: bool | None = None,
+    *,
+    class_names: list[str] | None = None,
+    skip_unreadable: bool = True,
+) -> VideoLoader:
+    """Every record once over all processes, in order, with V = crops x clips views.
+
+    A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64 (videos,), "indices": int64 (videos,),
+    "num_frames": int64 (videos,)}, the views of a video side by side. Batches hold as many whole videos as fit
+    `test.view_batch` views, at least one. `dense=None` takes `data.dense`.
+
+    With `skip_unreadable`, a video that cannot be read is left out of its batch and listed in `loader.unreadable`.
+    """
+    data = config.data
+    dataset = EvalVideoDataset(
+        records=records,
+        class_names=class_names,
+        reader=reader,
+        protocol=data.protocol,
+        num_segments=data.num_segments,
+        skip_unreadable=skip_unreadable,
         transform=EvalTransform(data.input_size, data.resize, crops),
         dense=data.dense if dense is None else dense,
         num_clips=clips,

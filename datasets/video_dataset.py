@@ -107,8 +107,9 @@ class TrainVideoDataset(VideoDataset):
 class EvalVideoDataset(VideoDataset):
     """`dataset[index]` -> the V = crops x clips views of a video, crop by crop: view = crop * num_clips + clip.
 
-    {"clips": uint8 (V, T, 3, S, S), "labels": int64 (1,), "indices": int64 (1,)}. A frame that several clips share is
-    decoded and resized once. A video that cannot be read gives no views, no label and no index.
+    {"clips": uint8 (V, T, 3, S, S), "labels": int64 (1,), "indices": int64 (1,), "num_frames": int64 (1,)}, the last
+    being that of the whole video. A frame that several clips share is decoded and resized once. A video that cannot be
+    read gives no views, no label, no index and no number.
     """
 
     transform: EvalTransform
@@ -116,20 +117,21 @@ class EvalVideoDataset(VideoDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            views = self._load(self.records[index])
+            views, num_frames = self._load(self.records[index])
         except DataError as error:
             if not self.skip_unreadable:
                 raise
             size, nothing = self.transform.input_size, torch.empty(0, dtype=torch.int64)
             views = torch.empty(0, self.num_segments, 3, size, size, dtype=torch.uint8)
-            return {"clips": views, "labels": nothing, "indices": nothing, "unreadable": [(index, error.line)]}
-        label = torch.tensor([self.records[index].label])
-        return {"clips": views, "labels": label, "indices": torch.tensor([index]), "unreadable": []}
+            numbers = dict.fromkeys(("labels", "indices", "num_frames"), nothing)
+            return {"clips": views, **numbers, "unreadable": [(index, error.line)]}
+        numbers = {"labels": self.records[index].label, "indices": index, "num_frames": num_frames}
+        return {"clips": views, **{name: torch.tensor([n]) for name, n in numbers.items()}, "unreadable": []}
 
-    def _load(self, record: VideoRecord) -> torch.Tensor:
-        """uint8 (V, T, 3, S, S)."""
+    def _load(self, record: VideoRecord) -> tuple[torch.Tensor, int]:
+        """uint8 (V, T, 3, S, S), and the number of frames of the video."""
         video = self.reader.open(record)
         indices = sample_test(video.num_frames, self.num_segments, self.protocol, self.num_clips, self.dense)
         frames, places = self.read_distinct(video, indices)
         crops = self.transform(frames, places)  # (crops, clips * T, 3, S, S)
-        return crops.unflatten(1, indices.shape).flatten(0, 1)
+        return crops.unflatten(1, indices.shape).flatten(0, 1), video.num_frames

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import numbered_lines, parse_line, split_line
 from datasets.frame_files import frame_pattern
+from datasets.video_files import VIDEO_SUFFIXES
 from tools import official_lists
 from tools.official_lists import Annotation
 from utils.atomic import write_atomically
@@ -46,10 +47,6 @@ from utils.errors import DataError, UserError, run_program
 from utils.parallel import parallel_map, usable_cores
 
 IMAGE_TMPL = FIELDS["data.image_tmpl"].default
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
-    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-)
 SETTINGS, FAILURES, MISSING, CLASSES = "extract.json", "failures.json", "missing.txt", "classes.csv"
 
 
