@@ -125,8 +125,8 @@ class EvalVideoDataset(VideoDataset):
             views = torch.empty(0, self.num_segments, 3, size, size, dtype=torch.uint8)
             numbers = dict.fromkeys(("labels", "indices", "num_frames"), nothing)
             return {"clips": views, **numbers, "unreadable": [(index, error.line)]}
-        numbers = {"labels": self.records[index].label, "indices": index, "num_frames": num_frames}
-        return {"clips": views, **{name: torch.tensor([n]) for name, n in numbers.items()}, "unreadable": []}
+        facts = {"labels": self.records[index].label, "indices": index, "num_frames": num_frames}
+        return {"clips": views, **{name: torch.tensor([n]) for name, n in facts.items()}, "unreadable": []}
 
     def _load(self, record: VideoRecord) -> tuple[torch.Tensor, int]:
         """uint8 (V, T, 3, S, S), and the number of frames of the video."""
