@@ -81,7 +81,7 @@ def test_features_are_what_the_head_reads(recognizer, video):
         scores = recognizer.model.trained.head(torch.from_numpy(features)).softmax(-1)
     assert np.abs(scores.numpy() - recognizer.scores([video])[0]).max() < 1e-6
     views = [recognizer.features(video, crops=crops, clips=2) for crops in (1, 3)]
-    assert np.abs(views[0] - views[1]).max() > 1e-6  # of 32 pixels resized to 32 the crops are equal, but not the clips
+    assert np.abs(views[0] - views[1]).max() < 1e-5  # 32 pixels leave no room: crops are equal, and clips are not
     assert np.abs(views[0] - features).max() > 1e-6
 
 
@@ -273,13 +273,13 @@ def test_frames_of_another_name_are_an_error_that_says_what_to_set(checkpoint, m
     folder, frames = tmp_path / "renamed", sorted((motion_root / "frames" / "val_00001").iterdir())
     folder.mkdir()
     for number, frame in enumerate(frames):
-        (folder / f"frame{number + 7:04d}.jpg").symlink_to(frame)
+        (folder / f"frame{number:04d}.jpg").symlink_to(frame)
     recognizer = Recognizer.load(checkpoint)
-    with pytest.raises(DataError, match=r"like frame0007.jpg, but .*; set data.image_tmpl=frame\{:04d\}.jpg$"):
+    with pytest.raises(DataError, match=r"like frame0000.jpg, but .*; set data.image_tmpl=frame\{:04d\}.jpg$"):
         recognizer.predict(folder)
     with pytest.raises(DataError, match="data.index_base"):
         Recognizer.load(checkpoint, overrides=["data.image_tmpl=frame{:04d}.jpg"]).predict(folder)
-    right = Recognizer.load(checkpoint, overrides=["data.image_tmpl=frame{:04d}.jpg", "data.index_base=7"])
+    right = Recognizer.load(checkpoint, overrides=["data.image_tmpl=frame{:04d}.jpg", "data.index_base=0"])
     assert right.predict(folder) == recognizer.predict(motion_root / "frames" / "val_00001")
 
 
@@ -330,25 +330,26 @@ def test_lists_may_have_labels_numbers_of_frames_and_spaces(tmp_path):
 PROGRAM = """
 import sys
 import datasets, torch
-model = torch.hub.load(sys.argv[1], "side4video", source="local", checkpoint=sys.argv[2], workers=int(sys.argv[4]))
+model = torch.hub.load(sys.argv[1], "side4video", source="local", checkpoint=sys.argv[2])
 print(model.predict(sys.argv[3], topk=1)[0][0])
 print(len(list(model.features(sys.argv[3], tokens=True))), model.features(sys.argv[3]).shape, len(model.class_names))
+other = torch.hub.load(sys.argv[1], "side4video", source="local", checkpoint=sys.argv[2], workers=1)
+print(other.predict(sys.argv[3]) == model.predict(sys.argv[3]))
 import datasets.load
 print(datasets.load.WHO, "utils" in sys.modules, sys.argv[1] in sys.path)
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 def test_hub_loads_it_into_a_program_elsewhere_that_has_a_package_called_datasets(
-    checkpoint, recognizer, video, tmp_path, workers
+    checkpoint, recognizer, video, tmp_path
 ):
     touch(tmp_path, "elsewhere/datasets/__init__.py")
     (tmp_path / "elsewhere" / "datasets" / "load.py").write_text("WHO = 'theirs'")
     (tmp_path / "elsewhere" / "program.py").write_text(PROGRAM)
-    arguments = [str(REPOSITORY), str(checkpoint), str(video), str(workers)]
+    arguments = [str(REPOSITORY), str(checkpoint), str(video)]
     done = subprocess.run(
         [sys.executable, "program.py", *arguments], cwd=tmp_path / "elsewhere", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     name = recognizer.predict(video, topk=1)[0][0]
-    assert done.stdout.splitlines() == [name, "8 (64,) 10", "theirs False False"]
+    assert done.stdout.splitlines() == [name, "8 (64,) 10", "True", "theirs False False"]
