@@ -118,6 +118,7 @@ class PathReader:
         self._folders = FrameFolderReader("", data.image_tmpl, data.count_frames, data.index_base)
         self._counted = FrameFolderReader("", data.image_tmpl, True, data.index_base)
         self._image_tmpl = data.image_tmpl
+        self._index_base = data.index_base
 
     def open(self, record: VideoRecord):
         """The opened video, as of the readers of datasets/readers.py.
@@ -131,9 +132,25 @@ class PathReader:
             )
         if not os.path.isdir(record.path):
             return self._files.open(record)
-        if not any(map(frame_pattern(self._image_tmpl).fullmatch, os.listdir(record.path))):
-            raise DataError(f"{record.path}: {self._no_frames(record.path)}")
-        return (self._counted if record.num_frames is None else self._folders).open(record)
+        counted = record.num_frames is None or self._folders.count_frames
+        if problem := self._wrong_frames(record.path, counted):
+            raise DataError(f"{record.path}: {problem}")
+        return (self._counted if counted else self._folders).open(record)
+
+    def _wrong_frames(self, folder: str, counted: bool) -> str | None:
+        """What is wrong with the files of a folder; without this, numbers from 0 would silently be read from 1 on."""
+        matches = map(frame_pattern(self._image_tmpl).fullmatch, os.listdir(folder))
+        numbers = sorted(int(match[1]) for match in matches if match)
+        if not numbers:
+            return self._no_frames(folder)
+        first, expected = numbers[0], self._index_base
+        if first != expected:
+            advice = f"; set data.index_base={first}" if first in (0, 1) else ""
+            return f"its first frame has the number {first}, but data.index_base is {expected}{advice}"
+        if counted and numbers != list(range(first, first + len(numbers))):
+            gap = next(number for place, number in enumerate(numbers, first) if number != place)
+            return f"frames are missing or twice there before {self._image_tmpl.format(gap)}; extract them again"
+        return None
 
     def _no_frames(self, folder: str) -> str:
         images = sorted(name for name in os.listdir(folder) if _suffix(name) in IMAGE_SUFFIXES)

@@ -259,7 +259,7 @@ def save_untrained(config, path):
     size = config.data.input_size
     with torch.no_grad():
         model.train()(torch.randn(4, config.data.num_segments, 3, size, size))
-        model.trained.head.weight.mul_(20)  # so that classes differ clearly
+        model.trained.head.weight.mul_(20)  # so that scores of classes and videos differ clearly
     names = read_class_names(config.data.label_list, config.data.num_classes)
     state = checkpoint_state(model_state(model), model.trained.state_dict(), config.toDict(), names, epoch=1)
     (save_safetensors if path.suffix == ".safetensors" else save_checkpoint)(path, state)
