@@ -1,7 +1,6 @@
 """tools/extract_features.py: what a shard holds, that a broken run goes on, and what is refused."""
 
 import json
-import math
 import shutil
 
 import numpy as np
@@ -73,12 +72,7 @@ def test_tokens_are_the_towers_and_their_size_is_said_before_they_are_read(run, 
         "tokens: 7 videos x 2 views x 1 layers x 4 frames x 17 tokens x 32 width in float32; 1 of 1 shards to write, "
         f"{size / 1024:.1f} KiB; "
     )
-    held = sum(
-        math.prod(tensor.shape) * 4
-        for name, tensor in load_file(folder / index["shards"][0]).items()
-        if name == "tokens"
-    )
-    assert held == size
+    assert load_file(folder / index["shards"][0])["tokens"].nbytes == size
 
     monkeypatch.setattr(Recognizer, "outputs", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -140,9 +134,7 @@ def test_a_folder_of_another_run_is_not_mixed_with_this_one(run, tmp_path):
 def test_videos_that_cannot_be_read_are_named_and_the_rest_is_done(run, motion_root, tmp_path, capsys):
     good = [motion_root / "videos" / f"val_0000{number}.mp4" for number in range(2)]
     (tmp_path / "list.txt").write_text(f"{good[0]}\ngone.mp4\n{good[1]}\nlost.mp4\n")
-    with pytest.raises(
-        DataError, match="^2 videos could not be read, see .*index.json; the first: .*gone.mp4: no such"
-    ):
+    with pytest.raises(DataError, match="^2 videos could not be read, see .*index.json; the first: .*gone.mp4: "):
         run("--shard_videos", "3", source=tmp_path / "list.txt")
     folder = tmp_path / "out"
     index = json.loads((folder / "index.json").read_text())

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from tiny import REPOSITORY, save_untrained, score_run
 
+from engine.configuration import default_config
 from inference import overlay, recognizer
 from inference.recognizer import Recognizer
 from tools import predict
@@ -33,6 +35,7 @@ def run(checkpoint, capsys):
     """run(argument, ...) -> what the program prints, without loader processes."""
 
     def run(*arguments):
+        capsys.readouterr()  # what was printed before
         predict.main([str(checkpoint), *map(str, arguments), "--workers", "0"])
         return capsys.readouterr().out
 
@@ -77,14 +80,8 @@ def test_csv_and_text_and_json_files_say_the_same(run, motion_root, tmp_path):
     rows = rows_of((tmp_path / "new" / "o.json").read_text())
     table = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
     assert len(rows) == len(table) == 7
-    columns = [
-        "path",
-        "num_frames",
-        "views",
-        "error",
-        *(f"{n}_{i}" for i in (1, 2) for n in ("label", "name", "score")),
-    ]
-    assert list(table[0]) == columns
+    of_a_class = [f"{name}_{place}" for place in (1, 2) for name in ("label", "name", "score")]
+    assert list(table[0]) == ["path", "num_frames", "views", "error", *of_a_class]
     lines = iter(text.splitlines())
     for row, cells in zip(rows, table, strict=True):
         assert (cells["path"], cells["num_frames"], cells["views"], cells["error"]) == (row["path"], "6", "1", "")
@@ -97,7 +94,6 @@ def test_csv_and_text_and_json_files_say_the_same(run, motion_root, tmp_path):
 
 def test_rows_are_written_as_they_come(run, motion_root, tmp_path, monkeypatch):
     """A run that is broken off has written what it had done."""
-    seen = []
 
     class Stopped(Exception):
         pass
@@ -119,7 +115,7 @@ def test_rows_are_written_as_they_come(run, motion_root, tmp_path, monkeypatch):
 def test_an_overlay_shows_every_frame_with_the_classes_below(run, motion_root, tmp_path):
     for source in ("videos/val_00003.mp4", "frames/val_00003"):
         run(motion_root / source, "--overlay", tmp_path / "o.mp4", "--topk", "3")
-        plain = list(overlay.all_frames(recognizer.given_videos([motion_root / source])[0], default_data()))
+        plain = list(overlay.all_frames(recognizer.given_videos([motion_root / source])[0], default_config().data))
         with av.open(str(tmp_path / "o.mp4")) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             assert container.streams.video[0].average_rate == (10 if "mp4" in source else 25)
@@ -128,12 +124,6 @@ def test_an_overlay_shows_every_frame_with_the_classes_below(run, motion_root, t
             enlarged = overlay.draw_classes(expected, [])
             differences = np.abs(frame.astype(int) - np.asarray(enlarged)).mean(axis=(1, 2))
             assert differences[:180].mean() < 6 < differences[200:].mean(), number
-
-
-def default_data():
-    from engine.configuration import default_config
-
-    return default_config().data
 
 
 def test_what_is_drawn_is_names_and_bars_as_long_as_the_scores():
@@ -170,7 +160,7 @@ def test_impossible_arguments_show_the_usage(run, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         run("a.mp4", *arguments)
     assert caught.value.code == 2
-    assert pytest.importorskip("re").search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_file_that_cannot_be_written_is_one_line_before_any_video_is_read(run, capsys, motion_root, tmp_path):
@@ -202,3 +192,8 @@ def test_the_script_keeps_the_callers_folder_and_a_reader_that_stops_is_no_error
     )
     assert json.loads(done.stdout)["path"] == "motion/train_00000"
     assert done.stderr.splitlines()[-1] == "141" and "Traceback" not in done.stderr
+
+
+def test_the_script_without_paths_shows_its_usage():
+    done = subprocess.run(["sh", f"{REPOSITORY}/scripts/run_predict.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage: sh scripts/run_predict.sh CHECKPOINT PATH...")
