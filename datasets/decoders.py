@@ -153,6 +153,11 @@ def decode_all(path: str | Path, stop_at_damage: bool = False) -> Iterator[Any]:
                 yield from stream.codec_context.decode(None)
 
 
+def upright_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """Every frame that PyAVDecoder has, in order, RGB uint8 (H, W, 3), one at a time and in bounded memory."""
+    yield from map(_Converter(), decode_all(path, stop_at_damage=True))
+
+
 @dataclass(frozen=True)
 class PacketTable:
     """The packets of a video in which every packet holds exactly one frame with a time stamp of its own.

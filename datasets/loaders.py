@@ -13,7 +13,7 @@ import torch
 from dotmap import DotMap
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.annotations import few_shot, read_annotations, read_class_names
+from datasets.annotations import VideoRecord, few_shot, read_annotations, read_class_names
 from datasets.flips import flip_pairs
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.transforms import EvalTransform, TrainTransform
@@ -168,8 +168,8 @@ def build_eval_loader(
     """Return a loader of this process's share of `data.val_list`, in list order, with V = crops * clips views each.
 
     Over all processes, every video is loaded once. A batch is {"clips": uint8 (videos * V, T, 3, H, W), "labels": int64
-    (videos,), "indices": int64 (videos,)}; the views of a video are next to each other. A batch has as many videos as
-    fit into `test.view_batch` views, at least one.
+    (videos,), "indices": int64 (videos,), "num_frames": int64 (videos,)}; the views of a video are next to each other.
+    A batch has as many videos as fit into `test.view_batch` views, at least one.
 
     A video file that cannot be read is left out of its batch and listed in `loader.unreadable`. A frame folder that
     cannot be read raises its DataError, unless `data.on_error` is `skip`.
@@ -185,9 +185,49 @@ def build_eval_loader(
     """
     data = config.data
     common = _common_parts(config, data.val_root, data.val_list, unlabelled)
-    dataset = EvalVideoDataset(
-        **common,
+    return build_record_loader(
+        config,
+        common["records"],
+        common["reader"],
+        rank,
+        world_size,
+        clips,
+        crops,
+        dense,
+        class_names=common["class_names"],
+        done=done,
         skip_unreadable=data.modality == "video" or data.on_error == "skip",
+    )
+
+
+def build_record_loader(
+    config: DotMap,
+    records: list[VideoRecord],
+    reader: Reader,
+    rank: int = 0,
+    world_size: int = 1,
+    clips: int = 1,
+    crops: int = 1,
+    dense: bool | None = None,
+    *,
+    class_names: list[str] | None = None,
+    done: Collection[int] = (),
+    skip_unreadable: bool = True,
+) -> VideoLoader:
+    """Return a loader of this process's share of records, in their order, with V = crops * clips views each.
+
+    Batches and arguments are those of `build_eval_loader`.
+
+    With `skip_unreadable`, a video that cannot be read is left out of its batch and listed in `loader.unreadable`.
+    """
+    data = config.data
+    dataset = EvalVideoDataset(
+        records=records,
+        class_names=class_names,
+        reader=reader,
+        protocol=data.protocol,
+        num_segments=data.num_segments,
+        skip_unreadable=skip_unreadable,
         transform=EvalTransform(data.input_size, data.resize, crops),
         dense=data.dense if dense is None else dense,
         num_clips=clips,

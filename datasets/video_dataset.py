@@ -117,10 +117,10 @@ class TrainVideoDataset(VideoDataset):
 class EvalVideoDataset(VideoDataset):
     """Evaluation samples: `dataset[index]` has the V = crops * clips views of a video; view = crop * num_clips + clip.
 
-    A sample is {"clips": uint8 (V, T, 3, H, W), "labels": int64 (1,), "indices": int64 (1,)}. A frame that several
-    clips share is decoded and resized once.
+    A sample is {"clips": uint8 (V, T, 3, H, W), "labels": int64 (1,), "indices": int64 (1,), "num_frames": int64 (1,)};
+    the last is that of the whole video. A frame that several clips share is decoded and resized once.
 
-    With `skip_unreadable`, a video that cannot be read gives a sample with 0 views, 0 labels and 0 indices.
+    With `skip_unreadable`, a video that cannot be read gives a sample with 0 views, and nothing in the others.
     """
 
     transform: EvalTransform
@@ -128,20 +128,22 @@ class EvalVideoDataset(VideoDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            views = self._load(self.records[index])
+            views, num_frames = self._load(self.records[index])
         except DataError as error:
             if not self.skip_unreadable:
                 raise
             size, nothing = self.transform.input_size, torch.empty(0, dtype=torch.int64)
             views = torch.empty(0, self.num_segments, 3, size, size, dtype=torch.uint8)
-            return {"clips": views, "labels": nothing, "indices": nothing, "unreadable": [(index, error.line)]}
-        label = torch.tensor([self.records[index].label])
-        return {"clips": views, "labels": label, "indices": torch.tensor([index]), "unreadable": []}
+            numbers = dict.fromkeys(("labels", "indices", "num_frames"), nothing)
+            return {"clips": views, **numbers, "unreadable": [(index, error.line)]}
+        facts = {"labels": self.records[index].label, "indices": index, "num_frames": num_frames}
+        return {"clips": views, **{name: torch.tensor([n]) for name, n in facts.items()}, "unreadable": []}
 
-    def _load(self, record: VideoRecord) -> torch.Tensor:
-        """Return the views of a video, uint8 (V, T, 3, H, W)."""
+    def _load(self, record: VideoRecord) -> tuple[torch.Tensor, int]:
+        """Return the views of a video, uint8 (V, T, 3, H, W), and its number of frames."""
         with self.reader.open(record) as video:
             indices = sample_test(video.num_frames, self.num_segments, self.protocol, self.num_clips, self.dense)
             frames, places = self.read_distinct(video, indices)
+            num_frames = video.num_frames
             crops = self.transform(frames, places)  # (crops, clips * T, 3, H, W)
-        return crops.unflatten(1, indices.shape).flatten(0, 1)
+        return crops.unflatten(1, indices.shape).flatten(0, 1), num_frames

@@ -48,12 +48,15 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpos
     return resolve_config(load_config(path, overrides, purpose))
 
 
-def resolve_config(config: DotMap) -> DotMap:
+def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap:
     """Return a configuration in which every key of DERIVED_KEYS has its value; resolving it again changes nothing.
 
     The protocol follows from the data set's name, the size of the resize from the protocol; input size, mean, std and
     side variant from the tower; the layers from the variant; the tower's type from precision and device; the views in
     the model at once from the batch size.
+
+    Args:
+        device: where the model will run; None: the GPU if there is one.
 
     Raises:
         ConfigError: unknown architecture, or one whose input size or mean timm does not state, or `data.resize` below
@@ -76,7 +79,7 @@ def resolve_config(config: DotMap) -> DotMap:
     if network["side_layers"] is None:
         network["side_layers"] = VARIANT_LAYERS[network["side_variant"]]
     if network["backbone_dtype"] == "auto":
-        network["backbone_dtype"] = _automatic_dtype(plain["solver"]["precision"])
+        network["backbone_dtype"] = _automatic_dtype(plain["solver"]["precision"], device)
     plain["test"]["view_batch"] = plain["test"]["view_batch"] or data["batch_size"]
     return DotMap(plain, _dynamic=False)
 
@@ -97,8 +100,9 @@ def default_config(**changes: Any) -> DotMap:
     return resolve_config(config_from_dict(plain, "default_config", purpose="model"))
 
 
-def _automatic_dtype(precision: str) -> str:
+def _automatic_dtype(precision: str, device: torch.device | None) -> str:
     """The type of `solver.precision` on a GPU, float32 on a CPU."""
-    if not torch.cuda.is_available():
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda":
         return "float32"
-    return str(resolve_precision(precision, torch.device("cuda")).dtype).removeprefix("torch.")
+    return str(resolve_precision(precision, device).dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import numpy as np
@@ -123,37 +123,21 @@ def evaluate(
         NonFiniteScoresError: the scores of a video that could be read are not finite.
     """
     num_videos, num_classes = len(loader.dataset), config.data.num_classes
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
     for index, row in partial.done.items() if partial and get_rank() == 0 else ():
         scores[index] = torch.from_numpy(row)
         counted[index] += 1
-    model.eval()
-
-    def logits_of(views: Tensor) -> Tensor:
-        """uint8 (views, T, 3, H, W) -> float32 (views, K)."""
-        clips = views.to(precision.device, non_blocking=True)
-        any_process_works(model, precision.device, working=True)
-        with precision.autocast():
-            return model(normalize_clips(clips, mean, std)).float()
-
     total, quiet = math.ceil(num_videos / get_world_size()), None if get_rank() == 0 else True
     with tqdm(total=total, unit="video", disable=quiet) as progress:
-        for batch in loader:
-            report_progress(f"evaluation, {progress.n} videos done")
-            if len(batch["indices"]) == 0:  # no video of the batch could be read
-                continue
-            logits = torch.cat([logits_of(views) for views in batch["clips"].split(config.test.view_batch)])
+        for batch, logits in view_outputs(model, loader, precision, config):
             indices = batch["indices"].to(precision.device, non_blocking=True)
-            scores[indices] = logits.softmax(dim=-1).view(len(indices), -1, num_classes).mean(dim=1)
+            scores[indices] = view_scores(logits)
             counted[indices] += 1
             if partial:
                 partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy())
             progress.update(len(indices))
-        size = config.data.input_size
-        while any_process_works(model, precision.device, working=False):
-            model(torch.zeros(1, config.data.num_segments, 3, size, size, device=precision.device))
+            report_progress(f"evaluation, {progress.n} videos done")
 
     for index, _ in loader.unreadable:
         scores[index] = math.nan
@@ -179,6 +163,50 @@ def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDatase
             f"{dataset.records[bad[0]].path}; the weights are, or solver.precision is too coarse for them: try an "
             "earlier checkpoint, or solver.precision=fp32"
         )
+
+
+@torch.no_grad()
+def view_outputs(
+    model: Side4Video,
+    loader: VideoLoader,
+    precision: Precision,
+    config: DotMap,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """What `forward` makes of the views of this process's videos, batch by batch: the one loop of all evaluations.
+
+    Args:
+        loader: of `build_eval_loader` or `build_record_loader`; `test.view_batch` of its views go through at once.
+        forward: maps normalised clips, float32 (views, T, 3, H, W), to a tensor (views, ...), under autocast; None
+            takes the model, which gives logits. A model whose tower is sharded needs None.
+
+    Yields:
+        (batch, outputs): the loader's batch, and (videos, V, ...) on the device. A batch of which no video could be
+        read is left out; `loader.unreadable` says why.
+    """
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    forward = forward or model
+    model.eval()
+
+    def outputs_of(views: Tensor) -> Tensor:
+        """uint8 (views, T, 3, H, W) -> (views, ...)."""
+        clips = views.to(precision.device, non_blocking=True)
+        any_process_works(model, precision.device, working=True)
+        with precision.autocast():
+            return forward(normalize_clips(clips, mean, std))
+
+    for batch in loader:
+        if videos := len(batch["indices"]):
+            outputs = torch.cat([outputs_of(views) for views in batch["clips"].split(config.test.view_batch)])
+            yield batch, outputs.unflatten(0, (videos, -1))
+    size = config.data.input_size
+    while any_process_works(model, precision.device, working=False):
+        model(torch.zeros(1, config.data.num_segments, 3, size, size, device=precision.device))
+
+
+def view_scores(logits: Tensor) -> Tensor:
+    """Logits of the views of each video, (videos, V, K) -> float32 (videos, K), the mean over views of the softmax."""
+    return logits.float().softmax(dim=-1).mean(dim=1)
 
 
 def any_process_works(model: Side4Video, device: torch.device, working: bool) -> bool:

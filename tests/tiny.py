@@ -17,13 +17,14 @@ from PIL import Image
 import test as test_program
 import train as train_program
 from benchmarks import plain_pipeline
+from datasets.annotations import read_class_names
 from datasets.transforms import EvalTransform, TrainTransform, protocol_resize
-from engine.configuration import default_config
+from engine.configuration import default_config, read_config
 from engine.loops import train_one_epoch
 from engine.optim import build_optimizer
 from modules import build_model
 from modules.backbones import FrozenTower, find_architecture
-from modules.checkpoint import checkpoint_state, model_state
+from modules.checkpoint import checkpoint_state, model_state, save_checkpoint, save_safetensors
 from modules.side4video import Side4Video, SideClassifier
 from modules.side_network import FrameAttention, SideNetwork
 from utils.precision import resolve_precision
@@ -136,7 +137,7 @@ def epoch_batches(loader, epoch):
 
 def assert_equal_batches(batches, others):
     for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys() == {"clips", "labels", "indices"}
+        assert batch.keys() == other.keys() >= {"clips", "labels", "indices"}
         assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
@@ -253,6 +254,21 @@ def train_run(config, output, *overrides):
 def score_run(config, checkpoint, file, *arguments):
     test_program.main(["--config", config, "--weights", str(checkpoint), "--save_scores", str(file), *arguments])
     return np.load(file)
+
+
+def save_untrained(config, path):
+    """A checkpoint of the YAML file's model, with statistics that are not a new model's; returns the model."""
+    config = read_config(config, purpose="model")
+    torch.manual_seed(0)
+    model = build_model(config)
+    size = config.data.input_size
+    with torch.no_grad():
+        model.train()(torch.randn(4, config.data.num_segments, 3, size, size))
+        model.trained.head.weight.mul_(20)  # so that scores of classes and videos differ clearly
+    names = read_class_names(config.data.label_list, config.data.num_classes)
+    state = checkpoint_state(model_state(model), model.trained.state_dict(), config.toDict(), names, epoch=1)
+    (save_safetensors if path.suffix == ".safetensors" else save_checkpoint)(path, state)
+    return model.eval()
 
 
 def run_script(name, *arguments, **environment):

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from datasets.annotations import numbered_lines, split_line
 from datasets.decoders import decode_all
-from tools.find_videos import VIDEO_SUFFIXES, video_files
+from datasets.video_files import VIDEO_SUFFIXES
+from tools.find_videos import video_files
 from utils.atomic import write_json, writing
 from utils.errors import DataError, UserError
 from utils.parallel import parallel_map

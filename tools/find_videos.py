@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.frame_files import frame_pattern
+from datasets.video_files import VIDEO_SUFFIXES
 from utils.errors import DataError
-
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
-    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
-)
 
 
 @dataclass(frozen=True)

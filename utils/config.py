@@ -55,7 +55,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpos
     return _checked(entries, str(path), purpose)
 
 
-def config_from_dict(plain: dict[str, Any], source: str, purpose: Purpose = "train") -> DotMap:
+def config_from_dict(
+    plain: dict[str, Any], source: str, purpose: Purpose = "train", overrides: Sequence[str] = ()
+) -> DotMap:
     """Return the configuration that nested dictionaries hold, such as those of a checkpoint.
 
     Errors name `source` as the place of every value. Raises ConfigError.
@@ -64,6 +66,8 @@ def config_from_dict(plain: dict[str, Any], source: str, purpose: Purpose = "tra
     for name, value in plain.items():
         keys = {f"{name}.{key}": item for key, item in value.items()} if name in SECTIONS else {name: value}
         entries |= {key: Entry(item, source) for key, item in keys.items()}
+    for override in overrides:
+        _apply_override(entries, override)
     return _checked(entries, source, purpose)
 
 
