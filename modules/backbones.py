@@ -126,7 +126,7 @@ ARCHITECTURE_ARGUMENTS = {
     name
     for family in (VisionTransformer, Eva)
     for name in inspect.signature(family.__init__).parameters
-    if name not in ("self", "args", "kwargs", "device", "dtype") and not name.endswith(("_layer", "_fn"))
+    if name not in ("self", "args", "kwargs", "device", "dtype", "embed_layer", "mlp_layer", "attn_layer", "block_fn")
 }
 
 

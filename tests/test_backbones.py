@@ -170,7 +170,7 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
     "arch, kwargs, message",
     [
         ("timm/resnet18", {}, "network.arch: .*resnet18"),
-        ("ViT-B/16", {"no_such": 1}, "network.arch: timm cannot build .*no_such"),
+        ("ViT-B/16", {"no_such": 1}, "network.backbone_kwargs.no_such: no argument"),
         ("ViT-B/16", {"img_size": 64}, "backbone_kwargs.img_size: leave it out"),
         ("ViT-B/16", {"patch_size": 5}, "data.input_size: 32 is no multiple of the patch size 5"),
     ],
