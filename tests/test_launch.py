@@ -7,8 +7,9 @@ import torch.distributed as dist
 
 from utils import launch
 from utils.distributed import init_distributed
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError, run_program
 from utils.launch import explain, last_progress, read_progress, report_progress
+from utils.signals import Stopped
 
 
 def test_the_progress_of_a_process_is_read_by_its_launcher(tmp_path, monkeypatch):
@@ -59,3 +60,15 @@ def test_a_launcher_whose_variables_are_missing_is_one_line(monkeypatch, environ
     with pytest.raises(ConfigError, match=line) as caught:
         init_distributed()
     assert "\n" not in caught.value.line and not dist.is_initialized()
+
+
+def test_an_error_that_a_stop_has_caused_is_the_stop(monkeypatch, capsys):
+    def main(argv):
+        try:
+            raise Stopped(signal.SIGTERM)
+        finally:
+            raise DataError("a loader process was ended")
+
+    with pytest.raises(SystemExit) as end:
+        run_program(main)
+    assert end.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"

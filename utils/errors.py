@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from utils.launch import ERRORS
@@ -48,7 +49,7 @@ def run_program(main: Callable[[list[str]], object]) -> None:
     The line is also appended to the file that SIDE4VIDEO_ERROR_FILE names; utils/launch.py repeats it as the last one.
     """
     try:
-        with StopSignals():
+        with StopSignals(), preferring_stop():
             main(sys.argv[1:])
     except UserError as error:
         _end(f"error: {error.line}", 1)
@@ -59,6 +60,20 @@ def run_program(main: Callable[[list[str]], object]) -> None:
         _end(f"error: {where}{error.strerror or error}", 1)
     except MemoryError:
         _end("error: not enough memory; lower data.batch_size, data.workers or data.prefetch", 1)
+
+
+@contextmanager
+def preferring_stop() -> Iterator[None]:
+    """Raise Stopped again in place of an error that it has caused, such as that of a loader that was stopped too."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, Stopped):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def _end(line: str, status: int) -> NoReturn:
