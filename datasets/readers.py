@@ -205,7 +205,8 @@ def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None
         raise
     except Exception as error:  # decoders raise many exception types
         # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
-        reason = re.sub(r"^\[[^]]*\] \S+: ", "", (str(error) or type(error).__name__).splitlines()[0])
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__  # PyAV's has more in new versions
+        reason = re.sub(r"^\[[^]]*\] \S+: ", "", text.splitlines()[0])
         advice = "data.decoder=pyav may read it" if decoder == "decord" else "fetch or encode it again"
         message = f"{path}: {decoder} cannot read it ({reason}); listed at {record.source}; {advice}"
         raise DataError(message) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from timm.models import eva, load_state_dict_from_hf, vision_transformer
 from torch import Tensor
 
@@ -156,7 +157,10 @@ def explain(path: Path, error: Exception) -> str:
     text = str(error).strip()
     if refused := re.search(r"GLOBAL (\S+)", text):
         return f"it asks for {refused[1]}, which no tensor needs and is refused"
-    if isinstance(error, pickle.UnpicklingError | zipfile.BadZipFile) or "PytorchStreamReader" in text:
+    if (
+        isinstance(error, pickle.UnpicklingError | zipfile.BadZipFile | SafetensorError)
+        or "PytorchStreamReader" in text
+    ):
         return "it is damaged, or not a file of weights at all"
     return text.splitlines()[0] if text else type(error).__name__
 
