@@ -72,3 +72,15 @@ def test_an_error_that_a_stop_has_caused_is_the_stop(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run_program(main)
     assert end.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_a_program_may_answer_a_stop_with_an_error_of_its_own(capsys):
+    def main(argv):
+        try:
+            raise Stopped(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise DataError("interrupted; nothing was written") from None
+
+    with pytest.raises(SystemExit) as end:
+        run_program(main)
+    assert end.value.code == 1 and capsys.readouterr().err == "error: interrupted; nothing was written\n"

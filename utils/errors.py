@@ -64,7 +64,10 @@ def run_program(main: Callable[[list[str]], object]) -> None:
 
 @contextmanager
 def preferring_stop() -> Iterator[None]:
-    """Raise Stopped again in place of an error that it has caused, such as that of a loader that was stopped too."""
+    """Raise Stopped again in place of an error that it has caused, such as that of a loader that was stopped too.
+
+    A program that turns a stop into its own error with `raise ... from None` keeps that error.
+    """
     try:
         yield
     except Exception as error:
@@ -72,7 +75,7 @@ def preferring_stop() -> Iterator[None]:
         while cause is not None:
             if isinstance(cause, Stopped):
                 raise cause from None
-            cause = cause.__cause__ or cause.__context__
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         raise
 
 
