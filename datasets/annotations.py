@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from utils.errors import DataError
 
 COLUMNS = {"RGB": ("path", "num_frames", "label"), "video": ("path", "label")}
 UNLABELLED = -1
+VIDEO_LINES = "; a list of video files ('path label') needs data.modality: video"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,14 @@ def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def split_line(source: str, line: str, modality: str) -> list[str]:
-    """Split one line into its columns, from the right. Raises DataError if there are too few."""
+    """Split one line into its columns, from the right. Raises DataError if there are too few, or a NUL character."""
     columns = COLUMNS[modality]
+    if "\0" in line:
+        raise DataError(f"{source}: the line holds a NUL character; write the list again as UTF-8 text")
     values = line.rsplit(maxsplit=len(columns) - 1)
     if len(values) != len(columns):
-        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {line!r}")
+        advice = VIDEO_LINES if modality == "RGB" else ""
+        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {line!r}{advice}")
     return values
 
 
@@ -79,6 +84,8 @@ def parse_line(source: str, line: str, num_classes: int, modality: str) -> Video
     """Return the record of one line. Label -1 is accepted; other mistakes raise DataError as in `read_annotations`."""
     path, *num_frames, label = split_line(source, line, modality)
     label_name = f"{source}: label (data.num_classes is {num_classes})"
+    if num_frames and os.path.splitext(num_frames[0])[1][1:2].isalpha():  # the end of a path with spaces
+        raise DataError(f"{source}: num_frames must be an integer of at least 1, got {num_frames[0]!r}{VIDEO_LINES}")
     return VideoRecord(
         path=path,
         num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,
@@ -114,6 +121,19 @@ def few_shot(
     return [records[index] for index in sorted(index for indices in of_class for index in indices[:shot])]
 
 
+def csv_rows(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield ("FILE:LINE", fields) for every row of a csv file. Raises DataError if it cannot be read."""
+    rows = csv.reader(line for _, line in numbered_lines(path))
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.line_num}: not readable as csv ({error}); is a quote not closed?") from error
+        yield f"{path}:{rows.line_num}", row
+
+
 def read_class_names(csv_path: str, num_classes: int) -> list[str]:
     """Return the class names in label order from a csv file with the header `id,name`, in any order of rows.
 
@@ -121,15 +141,15 @@ def read_class_names(csv_path: str, num_classes: int) -> list[str]:
         DataError: wrong header, wrong number of columns, an id that is missing, repeated or outside
             0..num_classes-1, or a name that is empty or repeated.
     """
-    rows = csv.reader(line for _, line in numbered_lines(csv_path))
-    header = [value.strip() for value in next(rows, [])]
+    rows = csv_rows(csv_path)
+    header = [value.strip() for value in next(rows, ("", []))[1]]
     if header != ["id", "name"]:
         raise DataError(f"{csv_path}:1: the header must read 'id,name', got {','.join(header)!r}")
     names: dict[int, str] = {}
-    for row in rows:
+    for source, row in rows:
         if not row:
             continue
-        source, line = f"{csv_path}:{rows.line_num}", ",".join(row)
+        line = ",".join(row)
         if len(row) != 2:
             raise DataError(f"{source}: a line must read 'id,name' (a name with commas in quotes), got {line!r}")
         label = _integer(row[0], f"{source}: id (data.num_classes is {num_classes})", 0, num_classes - 1, line)

@@ -337,8 +337,9 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
     for seed in (0, 1, 3, 4):
         write_video(root / f"v{seed}.mp4", seed)
     os.mkfifo(root / "v2.mp4")
+    (root / "list.txt").write_text("".join(f"v{seed}.mp4 0\n" for seed in range(5)))  # a search would leave it out
     process = subprocess.Popen(
-        command("extract", root, out, "--workers", 2),
+        command("extract", root / "list.txt", out, "--workers", 2),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -370,14 +371,14 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
 
 @pytest.fixture
 def touch(tmp_path):
-    """touch(root, **videos): an empty video file for each path: None, a folder of empty frames for path: number."""
+    """touch(root, **videos): a file of one byte for each path: None, a folder of empty frames for path: number."""
 
     def make(root, **videos):
         for path, count in videos.items():
             place = tmp_path / root / path
             if count is None:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                place.touch()
+                place.write_bytes(b"x")
                 continue
             numbers = range(1, count + 1) if isinstance(count, int) else count
             place.mkdir(parents=True)
@@ -535,17 +536,19 @@ def test_a_share_of_each_class_is_held_out_the_same_every_time(touch, tmp_path):
 
 def test_lists_of_one_folder_share_their_classes(touch, tmp_path):
     """If the lists were written one after the other, the second, which lacks a class, would number them differently."""
-    root = touch("videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None})
+    root = touch(
+        "videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None, "b/3_000000_000010.mp4": None}
+    )
     header = "label,youtube_id,time_start,time_end\n"
     train = write(tmp_path / "train.csv", f"{header}a,1,0,10\nb,2,0,10\n")
-    val = write(tmp_path / "val.csv", f"{header}b,2,0,10\n")
+    val = write(tmp_path / "val.csv", f"{header}b,3,0,10\n")
     options = ["kinetics", root, tmp_path / "out", "--modality", "video"]
     make_list(*options, "--train", train)
     with pytest.raises(DataError, match="out/classes.csv: is there and does not number these 1 classes alike"):
         make_list(*options, "--val", val)
     assert not (tmp_path / "out" / "val_videos.txt").exists()
     make_list(*options, "--train", train, "--val", val)
-    assert read_lists(tmp_path / "out", "video")[0]["val"] == [("b/2_000000_000010.mp4", None, "b")]
+    assert read_lists(tmp_path / "out", "video")[0]["val"] == [("b/3_000000_000010.mp4", None, "b")]
 
 
 def test_missing_videos_stop_the_lists_unless_they_may_be_left_out(touch, tmp_path, capsys):
@@ -570,7 +573,7 @@ def test_missing_videos_stop_the_lists_unless_they_may_be_left_out(touch, tmp_pa
     ("videos", "complaint"),
     [
         ({"a/x": 3, "a/y": range(0, 3)}, "frames are numbered from 0 in a/y; from 1 in a/x; all must start"),
-        ({"a/x": range(5, 9)}, "frames are numbered from 5 in a/x; all must start at 0, or all at 1"),
+        ({"a/x": range(5, 9), "a/y": range(7, 9)}, "frames are numbered from 5 in a/x; from 7 in a/y; all must start"),
         ({"a": 3}, "frames/a: is in no class folder"),
         ({"a/x.mp4": None}, "frames: no folders of frames like img_00001.jpg in it; check --modality and"),
         ({"a /x": 2, " b/y": 2}, "' b/y': such a path cannot stand in a list"),
