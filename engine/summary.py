@@ -10,6 +10,7 @@ import torch
 from dotmap import DotMap
 
 from datasets.decoders import describe_decoder
+from datasets.flips import describe_flips
 from datasets.loaders import VideoLoader
 from modules.side4video import Side4Video
 from utils.distributed import get_world_size
@@ -33,6 +34,7 @@ def describe_run(
         f"data: {data.dataset}, protocol {data.protocol}, {len(train_loader.dataset)} training and "
         f"{len(val_loader.dataset)} validation videos, {data.num_classes} classes, {data.num_segments} frames "
         f"of {data.input_size} pixels{', dense' if data.dense else ''}",
+        describe_flips(train_loader.dataset.transform.flip_labels, train_loader.dataset.class_names),
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
         f"and solver.lr {solver.lr:g} is not rescaled",

@@ -86,7 +86,7 @@ class LeftOut:
             (self.below_frames, "folders inside a folder of frames"),
             (self.nothing, "folders that gave nothing"),
         ]
-        return [f"{root}: left out {tally.number} {what}: {tally}" for tally, what in kinds if tally.number]
+        return [f"{root}: left out: {what} ({tally.number}): {tally}" for tally, what in kinds if tally.number]
 
 
 def _files(suffix: str) -> str:

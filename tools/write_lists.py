@@ -1,6 +1,7 @@
 """Write annotation lists and class names (the command `list` of tools/prepare_data.py)."""
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -92,9 +93,9 @@ class Disk:
         return annotations
 
     def empty_classes(self) -> list[str]:
-        """The folders in the root that hold no video."""
+        """The folders in the root, other than links, that hold no video."""
         with os.scandir(self.root) as entries:
-            folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+            folders = {e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")}
         return sorted(folders - {video.path.partition("/")[0] for video in self.videos})
 
 
@@ -160,7 +161,9 @@ def folders(args: argparse.Namespace, disk: Callable[[str], Disk]) -> Splits:
         raise DataError(f"{args.val_root / min(unknown)}: no such class folder in {args.root}")
     for part in ("train", "val") if args.val_root is not None else ("train",):
         if empty := disk(part).empty_classes():
-            splits.notes.append(f"{disk(part).root}: warning: no videos in {len(empty)} class folders: {some(empty)}")
+            splits.notes.append(
+                f"{disk(part).root}: warning: class folders without videos ({len(empty)}): {some(empty)}"
+            )
     return splits
 
 
@@ -296,10 +299,11 @@ def write_lists(args: argparse.Namespace) -> None:
 
     try:
         lines = _write_lists(args, disk, notes)
-    finally:  # printed last, so that a pipe that is closed early stops nothing
-        for line in notes:
-            print(line)
-    print("\n".join(lines))
+    except UserError:
+        with contextlib.suppress(BrokenPipeError):  # the error matters more
+            print("\n".join(notes), end="\n" * bool(notes), flush=True)
+        raise
+    print("\n".join([*notes, *lines]))  # after the files, so that `| head` stops nothing
 
 
 def _write_lists(args: argparse.Namespace, disk: Callable[[str], Disk], notes: list[str]) -> list[str]:
@@ -313,7 +317,8 @@ def _write_lists(args: argparse.Namespace, disk: Callable[[str], Disk], notes: l
     with writing(report):
         report.unlink(missing_ok=True)
     if missing:
-        write_text(report, "".join(f"{line}\n" for line in missing))
+        text = "".join(f"{line}\n" for line in missing)
+        write_text(report, text.encode(errors="backslashreplace").decode())  # a name may hold bytes that are not UTF-8
         empty = " or empty" if any(line.endswith(EMPTY) for line in missing) else ""
         number = f"{len(missing)} of {sum(map(len, splits.parts.values()))} videos are not on disk{empty}"
         if not args.leave_out_missing:
@@ -324,7 +329,7 @@ def _write_lists(args: argparse.Namespace, disk: Callable[[str], Disk], notes: l
             raise DataError(f"{root_of(args, part)}: none of the videos for {part} is there, so no list is written")
     idle = sorted(set(labels) - {splits.classes[label] for _, label in listed.get("train", ())})
     if idle and "train" in listed:
-        notes.append(f"warning: no training video of {len(idle)} classes: {some(idle)}")
+        notes.append(f"warning: classes without a training video ({len(idle)}): {some(idle)}")
     base = first_number([video for videos in listed.values() for video, _ in videos], notes)
     texts = {part: "".join(list_line(*video, args.modality) for video in videos) for part, videos in listed.items()}
 
