@@ -1,7 +1,7 @@
 """Labels that a horizontal flip swaps (docs/protocol.md, section 5)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from utils.errors import ConfigError
 
@@ -49,7 +49,7 @@ def flip_pairs(protocol: str, num_classes: int, class_names: Sequence[str] | Non
     return dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
 
 
-def describe_flips(pairs: dict[int, int] | None, class_names: Sequence[str] | None) -> str:
+def describe_flips(pairs: Mapping[int, int] | None, class_names: Sequence[str] | None) -> str:
     """One line that names the classes whose labels a flip swaps; None stands for no flips."""
     if pairs is None:
         return "flips: none"

@@ -85,7 +85,7 @@ def preferring_stop() -> Iterator[None]:
         while cause is not None:
             if isinstance(cause, Stopped):
                 raise cause from None
-            cause = cause.__cause__ or cause.__context__
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         raise
 
 
