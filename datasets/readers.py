@@ -84,7 +84,7 @@ class FrameFolderReader:
     """Reads videos that are stored as one image file per frame.
 
     Index i is the file `image_tmpl.format(i + index_base)`. The number of frames is that of the list or, with
-    `count_frames`, the number of files in the folder that are named like `image_tmpl`, with any digits as the number.
+    `count_frames`, the number of files in the folder that are named as `image_tmpl` names a number.
     """
 
     def __init__(self, root: str, image_tmpl: str, count_frames: bool = False, index_base: int = 1):
@@ -111,9 +111,10 @@ class FrameFolderReader:
         files = os.listdir(folder) if os.path.isdir(folder) else []
         if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
-        raise DataError(
-            f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
-        )
+        advice = "check the data root and data.image_tmpl"
+        if os.path.isfile(folder):
+            advice = "data.modality: video reads video files"
+        raise DataError(f"{folder}: no file like {template}; listed at {record.source}; {advice}")
 
     def _read_frame(self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
@@ -124,6 +125,8 @@ class FrameFolderReader:
             if isinstance(error, FileNotFoundError):
                 problem = "frame missing"
                 advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
+            elif isinstance(error, NotADirectoryError):
+                problem, advice = "not in a folder, but in a file", "data.modality: video reads video files"
             else:
                 reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
                 problem, advice = f"frame unreadable ({reason})", "extract it again"

@@ -8,7 +8,7 @@ from pathlib import Path
 from dotmap import DotMap
 
 from datasets.annotations import UNLABELLED, VideoRecord, numbered_lines
-from datasets.frame_files import frame_pattern
+from datasets.frame_files import FramePattern, frame_pattern
 from datasets.readers import FrameFolderReader, VideoFileReader
 from datasets.video_files import VIDEO_SUFFIXES
 from utils.errors import DataError
@@ -82,7 +82,7 @@ def _videos_in(directory: str, image_tmpl: str) -> list[str]:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
-def walk(directory: str, pattern: re.Pattern[str], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def walk(directory: str, pattern: FramePattern, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Video files and folders of frames in a directory, sorted, at any depth; hidden ones are left out.
 
     A folder with nothing but images that are not named as `pattern` asks is given too: its reader says what is wrong.

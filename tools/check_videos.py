@@ -93,8 +93,10 @@ def frame_folder_findings(
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
     try:
         files = set(os.listdir(folder))
-    except OSError as error:
-        yield Finding.at(record, "error", "missing", f"{folder}: {error.strerror}")
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        advice = "; data.modality: video reads video files" if isinstance(error, NotADirectoryError) else ""
+        reason = getattr(error, "strerror", None) or error
+        yield Finding.at(record, "error", "missing", f"{folder}: {reason}{advice}")
         return
     pattern = frame_pattern(template)
     count = sum(pattern.fullmatch(file) is not None for file in files)
@@ -125,6 +127,8 @@ def frame_folder_findings(
     damaged: list[tuple[str, str]] = []
     for name in (name for name in wanted if name in files):
         try:
+            if not os.path.isfile(path := os.path.join(folder, name)) and os.path.exists(path):
+                raise OSError("a pipe, a socket, a device or a folder")  # opening a pipe would wait forever
             with open(os.path.join(folder, name), "rb") as file:
                 content = file.read()
             digest.update(content)
