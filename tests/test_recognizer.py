@@ -76,6 +76,15 @@ def test_files_and_folders_can_be_mixed_and_keep_their_order(recognizer, motion_
         assert np.abs(recognizer.scores([path], crops=3, clips=2)[0] - scores).max() < 1e-6
 
 
+def test_a_score_is_the_mean_over_views_of_the_softmax_of_their_logits(recognizer, video):
+    (scores,) = recognizer.scores([video], crops=3, clips=2)
+    records = find_videos([video], TEMPLATE)
+    ((_, _, logits, _),) = recognizer.outputs(records, recognizer.model, lambda logits: logits, crops=3, clips=2)
+    assert logits.shape == (6, len(CLASSES))
+    assert np.abs(logits.softmax(-1).mean(0).numpy() - scores).max() < 1e-6
+    assert np.abs(logits.mean(0).softmax(-1).numpy() - scores).max() > 1e-3  # so the order of the two shows
+
+
 def test_predict_names_the_classes_of_the_highest_scores(recognizer, video):
     (scores,) = recognizer.scores([video])
     expected = sorted(zip(CLASSES, scores.tolist(), strict=True), key=lambda pair: -pair[1])
@@ -131,6 +140,7 @@ def test_what_the_machine_of_the_training_decided_is_decided_anew(checkpoint, re
     other = Recognizer.load(tmp_path / "gpu.pt")
     assert other.model.backbone.dtype == torch.float32 and other.precision.name == "fp32"
     assert np.array_equal(other.scores([video]), recognizer.scores([video]))
+    assert Recognizer.load(tmp_path / "gpu.pt", precision="bf16").model.backbone.dtype == torch.float32  # on a CPU
     half = Recognizer.load(tmp_path / "gpu.pt", precision="bf16", overrides=["network.backbone_dtype=bfloat16"])
     assert half.model.backbone.dtype == torch.bfloat16 and half.precision.name == "bf16"
     assert 0 < np.abs(half.scores([video]) - other.scores([video])).max() < 0.1
@@ -342,11 +352,13 @@ def test_lists_may_have_labels_numbers_of_frames_and_spaces(tmp_path):
 PROGRAM = """
 import sys
 import datasets, torch
+theirs = datasets
 model = torch.hub.load(sys.argv[1], "side4video", source="local", checkpoint=sys.argv[2])
 print(model.predict(sys.argv[3], topk=1)[0][0])
 print(len(list(model.features(sys.argv[3], tokens=True))), model.features(sys.argv[3]).shape, len(model.class_names))
 other = torch.hub.load(sys.argv[1], "side4video", source="local", checkpoint=sys.argv[2], workers=1)
 print(other.predict(sys.argv[3]) == model.predict(sys.argv[3]))
+print(sys.modules["datasets"] is theirs)
 import datasets.load
 print(datasets.load.WHO, "utils" in sys.modules, sys.argv[1] in sys.path)
 """
@@ -364,4 +376,4 @@ def test_hub_loads_it_into_a_program_elsewhere_that_has_a_package_called_dataset
     )
     assert done.returncode == 0, done.stderr
     name = recognizer.predict(video, topk=1)[0][0]
-    assert done.stdout.splitlines() == [name, "4 (64,) 10", "True", "theirs False False"]
+    assert done.stdout.splitlines() == [name, "4 (64,) 10", "True", "True", "theirs False False"]
