@@ -13,7 +13,9 @@ class FramePattern:
     def __init__(self, template: str):
         parts = list(Formatter().parse(template))
         self._template = template
-        self._base = next((BASES.get((spec or "")[-1:], 10) for _, field, spec, _ in parts if field is not None), 10)
+        spec = next((spec or "" for _, field, spec, _ in parts if field is not None), "")
+        self._base = BASES.get(spec[-1:], 10)
+        self._fill = spec[0] if spec[1:2] in ("<", ">", "^", "=") and not spec[0].isalnum() else ""
         self._pattern = re.compile("".join(re.escape(text) + ("" if f is None else "(.+?)") for text, f, *_ in parts))
 
     def fullmatch(self, name: str) -> re.Match[str] | None:
@@ -27,7 +29,8 @@ class FramePattern:
     def _match(self, name: str) -> tuple[re.Match[str], int] | tuple[None, None]:
         if match := self._pattern.fullmatch(name):
             with contextlib.suppress(ValueError, OverflowError):
-                number = int(match[1].replace(",", ""), self._base)  # int() accepts spaces, underscores, and 0x
+                digits = match[1].strip(self._fill).replace(",", "")
+                number = int(digits, self._base)  # int() accepts spaces, underscores, and 0x
                 if number >= 0 and self._template.format(number) == name:
                     return match, number
         return None, None

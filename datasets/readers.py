@@ -119,7 +119,7 @@ class FrameFolderReader:
     def _read_frame(self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_open_at_once) as file:
                 return decode_image(file.read(), buffers)
         except Exception as error:  # for broken files Pillow raises many types, among them SyntaxError and struct.error
             if isinstance(error, FileNotFoundError):
@@ -132,6 +132,11 @@ class FrameFolderReader:
                 problem, advice = f"frame unreadable ({reason})", "extract it again"
             listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
             raise DataError(f"{path}: {problem}; {listed}; {advice}") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: opening a pipe among the frames waits for somebody who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class TooManyPixels(Exception):

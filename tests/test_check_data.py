@@ -206,6 +206,15 @@ def test_a_list_that_gives_nothing_is_an_error_and_the_other_is_read(frames, con
 # Classes
 
 
+def test_folders_of_classes_that_differ_in_case_only_are_no_finding(frames):
+    set_names(frames, "jump", "Jump", "jump_", "x")
+    for label, folder in enumerate(("jump", "Jump", "jump_")):
+        (frames.media / folder).mkdir()
+        shutil.move(frames.media / f"train {label}", frames.media / folder / "1")
+        frames.lines["train"][label] = f"{folder}/1 {FRAMES} {label}"
+    assert frames.check()[:2] == (0, [])
+
+
 def test_a_class_without_training_videos_is_an_error(frames):
     frames.lines["train"] = [line for line in frames.lines["train"] if not line.endswith("2")]
     message = frames.only_finding("train", None, "error", "class")
@@ -257,6 +266,15 @@ def test_something_out_of_alphabetical_order_is_a_warning(frames):
     status, findings, _ = frames.check("data.dataset=something-something-v2")
     assert status == 0 and [(f["kind"], f["place"]) for f in findings] == [("order", place)]
     assert "class 0 is 'jump', not 'fall down'" in findings[0]["message"]
+
+
+def test_a_configuration_for_tests_needs_no_training_videos_and_no_labels_of_flips(frames):
+    del frames.data["train_list"], frames.data["train_root"]
+    frames.data |= {"label_list": None, "protocol": "something"}  # training would need names, to flip
+    status, findings, output = frames.check()
+    assert (status, findings) == (0, []) and "config.yaml: no data.train_list: checked for test.py only\n" in output
+    frames.lines["val"][1] = f"nothing {FRAMES} 1"
+    assert frames.only_finding("val", 2, "error", "missing").endswith("nothing: No such file or directory")
 
 
 def test_something_without_names_is_an_error_unless_it_has_174_classes(frames):

@@ -1,10 +1,14 @@
 """Names of frames: exactly those that the template gives."""
 
+import os
+from threading import Thread
+
 import pytest
 
 from datasets.annotations import VideoRecord
 from datasets.frame_files import frame_pattern
 from datasets.readers import FrameFolderReader
+from utils.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,9 @@ from datasets.readers import FrameFolderReader
         "{:4d}.jpg",
         "{:,}.jpg",
         "{0:02d}_{0:03d}.jpg",
+        "{:_>5d}.jpg",
+        "{:*<6}.jpg",
+        "{:->3}.jpg",
     ],
 )
 def test_a_frame_is_what_the_template_names_and_nothing_else(template):
@@ -44,3 +51,19 @@ def test_the_reader_counts_no_frame_of_another_padding(make_frame_folders):
             file.write(b"x")
     reader = FrameFolderReader(root, "img_{:05d}.jpg", count_frames=True)
     assert reader.open(VideoRecord("video 0", 9, 0, "list:1")).num_frames == 3
+
+
+def test_a_pipe_among_the_frames_is_an_error_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "img_00001.jpg")
+    video = FrameFolderReader(str(tmp_path), "img_{:05d}.jpg").open(VideoRecord("", 1, 0, "list:1"))
+    errors = []
+
+    def read() -> None:
+        with pytest.raises(DataError, match="img_00001.jpg: frame unreadable") as caught:
+            video.read([0])
+        errors.append(caught.value)
+
+    thread = Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert len(errors) == 1

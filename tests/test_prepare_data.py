@@ -699,6 +699,23 @@ def test_two_folders_that_link_to_each_other_end(touch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_that_all_link_to_each_other_end(touch, tmp_path, capsys):
+    """Nine folders have more than a million paths without a repetition."""
+    names = "abcdefghi"
+    store = touch("store", **{f"{name}/{name}.mp4": None for name in names})
+    for name in names:
+        for other in names:
+            if other != name:
+                (store / name / f"to {other}").symlink_to(store / other)
+    root = touch("videos", **{"x/0.mp4": None})
+    (root / "x" / "more").symlink_to(store / "a")
+    make_list("folders", root, tmp_path / "out", "--modality", "video")
+    paths = (tmp_path / "out" / "train_videos.txt").read_text().splitlines()
+    assert sorted(os.path.basename(path) for path in paths) == ["0.mp4 0", *(f"{name}.mp4 0" for name in names)]
+    output = capsys.readouterr().out
+    assert f"{root}: left out: links to a folder that another link has led to (" in output
+
+
 def test_links_to_other_places_are_followed(touch, tmp_path):
     store = touch("store", **{"1.mp4": None, "folder/2.mp4": None})
     root = touch("videos", **{"a/0.mp4": None})
@@ -827,7 +844,15 @@ def test_one_video_has_one_label_and_is_in_one_part(touch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "folders", [("train", "val"), ("Training", "Validation", "test"), ("train",), ("val", "train", "x")]
+    "folders",
+    [
+        ("train", "val"),
+        ("Training", "Validation", "test"),
+        ("train",),
+        ("val", "train", "x"),
+        ("train_256", "val_256"),
+        ("trainset", "evaluation"),
+    ],
 )
 def test_splits_are_not_taken_for_classes(touch, tmp_path, folders):
     root = touch("data", **{f"{name}/run/{name}.mp4": None for name in folders})
@@ -841,10 +866,11 @@ def test_splits_are_not_taken_for_classes(touch, tmp_path, folders):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_may_be_called_train_beside_others(touch, tmp_path):
+def test_a_class_may_be_called_train_beside_others_and_that_is_said(touch, tmp_path, capsys):
     root = touch("data", **{"train/1.mp4": None, "run/2.mp4": None})
     make_list("folders", root, tmp_path / "out", "--modality", "video")
     assert read_lists(tmp_path / "out", "video")[1] == ["run", "train"]
+    assert f"{root}: warning: taken for classes, though named like splits: train\n" in capsys.readouterr().out
 
 
 def test_video_files_are_no_frames_and_the_error_names_the_key(touch, tmp_path):
@@ -893,6 +919,24 @@ def test_a_test_file_beside_the_others_has_its_own_root_and_their_classes(touch,
     assert f"for a test: data.val_root={test_root} data.val_list={tmp_path}/out/test_videos.txt\n" in output
 
 
+def test_a_test_list_without_labels_is_not_offered_for_validation(touch, tmp_path, capsys):
+    """Training would refuse it."""
+    root = touch("videos", **{"1_000000_000010.mp4": None, "2_000000_000010.mp4": None})
+    train = write(tmp_path / "train.csv", f"{HEADER}a,1,0,10\n")
+    test = write(tmp_path / "test.csv", "youtube_id,time_start,time_end\n2,0,10\n")
+    make_list("kinetics", root, tmp_path / "out", "--train", train, "--test", test, "--modality", "video")
+    output = capsys.readouterr().out
+    assert "  val_list" not in output
+    assert f"for a test: data.val_root={root} data.val_list={tmp_path}/out/test_videos.txt\n" in output
+
+
+def test_a_subset_that_is_no_part_is_one_line(touch, tmp_path):
+    entries = {name: {"annotations": {"label": "x"}, "subset": s} for name, s in (("a", "train"), ("b", "held"))}
+    file = write(tmp_path / "k.json", json.dumps(entries))
+    with pytest.raises(DataError, match="k.json: entry b: the subset must be train, val or test, got 'held'"):
+        make_list("kinetics", touch("videos", **{"a.mp4": None}), tmp_path / "out", "--train", file)
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_json_files_of_kinetics(touch, tmp_path, wrapped):
     root = touch("videos", **{"a_000003_000013.mp4": None, "b.mp4": None, "c.mp4": None})
@@ -932,7 +976,7 @@ def test_the_test_files_of_something_v2(touch, tmp_path):
     root = touch("videos", **{"7.webm": None, "8.webm": None})
     labels = write(tmp_path / "labels.json", '{"Moving something up": "1", "Holding something": "0"}')
     test = write(tmp_path / "test.json", '[{"id": "8"}, {"id": "7"}]')
-    answers = write(tmp_path / "test-answers.csv", "7;Moving something up\n8;Holding [something]\n")
+    answers = write(tmp_path / "test-answers.csv", "7;Moving something up\n8; Holding [something] \n")
     options = ["--labels", labels, "--modality", "video", "--test"]
     make_list("something-v2", root, tmp_path / "1", *options, test)
     make_list("something-v2", root, tmp_path / "2", *options, answers)
@@ -1011,6 +1055,67 @@ def test_a_json_object_has_its_names_as_the_column_key_and_columns_may_be_nested
     assert (tmp_path / "out" / "test_videos.txt").read_text() == "x/v1.mp4 0\nv2.mp4 1\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "path", "label"),
+    [
+        ({"a/1.mp4": "x", "b/1.mp4": "y"}, "key", "value"),
+        ({"x": ["a/1.mp4"], "y": ["b/1.mp4"]}, "value", "key"),
+        ([["a/1.mp4", "x"], ["b/1.mp4", "y"]], "1", "2"),
+    ],
+)
+def test_json_without_names_of_columns(touch, tmp_path, content, path, label):
+    root = touch("videos", **{"a/1.mp4": None, "b/1.mp4": None})
+    table = write(tmp_path / "t.json", json.dumps(content))
+    make_list("table", table, root, tmp_path / "out", "--path", path, "--label", label, "--modality", "video")
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["x", "y"] and lists["train"] == [("a/1.mp4", None, "x"), ("b/1.mp4", None, "y")]
+
+
+def test_a_json_list_of_paths_is_a_test_list(touch, tmp_path):
+    root = touch("videos", **{"a/1.mp4": None})
+    options = ["--path", "value", "--modality", "video"]
+    make_list("table", write(tmp_path / "t.json", '["a/1.mp4"]'), root, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "a/1.mp4 -1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "file,label,set\nv0,0.0,train\nv1,10.0,train\nv2,2.0,train\nv3,,test\n"),
+        ("t.csv", "file,label,set\nv0,0,train\nv1,10,train\nv2,2,train\nv3,-1,test\n"),
+        ("t.csv", "file,label,set\nd\\v0.mp4,0,train\nv1,10,train\nv2,2,train\nd\\v3,-1,test\n"),
+        (
+            "t.json",
+            '{"file": ["v0", "v1", "v2", "v3"], "label": [0.0, 10.0, 2.0, NaN], '
+            '"set": ["train", "train", "train", "test"]}',
+        ),
+    ],
+)
+def test_tables_as_pandas_and_windows_write_them(touch, tmp_path, name, text):
+    """Whole numbers become 2.0 where a label is missing; a missing label is empty, NaN or -1; folders end with \\."""
+    root = touch("videos", **{f"d/v{i}.mp4": None for i in range(4)})
+    options = ["--path", "file", "--label", "label", "--split", "set", "--modality", "video"]
+    make_list("table", write(tmp_path / name, text), root, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "train_videos.txt").read_text() == "d/v0.mp4 0\nd/v1.mp4 2\nd/v2.mp4 1\n"
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "d/v3.mp4 -1\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--val_share", "0.5"], "--val_share: .*t.csv names no training videos; a share needs --label"),
+        (["--label", "label", "--val_root", "."], "--val_root: .*t.csv names no val videos; --split COLUMN says which"),
+        (["--label", "label", "--test_root", "."], "--test_root: .*t.csv names no test videos; --split COLUMN says"),
+    ],
+)
+def test_no_option_of_a_table_is_ignored(touch, tmp_path, options, complaint):
+    root = touch("videos", **{"a.mp4": None})
+    table = write(tmp_path / "t.csv", "id,label\na,x\n")
+    with pytest.raises(UserError, match=complaint):
+        make_list("table", table, root, tmp_path / "out", "--path", "id", "--modality", "video", *options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_table_without_labels_is_a_test_list(touch, tmp_path):
     root = touch("videos", **{"a.mp4": None})
     make_list(
@@ -1050,8 +1155,13 @@ def test_the_folder_of_a_tables_path_counts(touch, tmp_path):
         ("file,label,set\na,b,somewhere\n", "t.csv:2: set is 'somewhere', but must be one of train, training, val"),
         ("file,label,set\na,,train\n", "t.csv:2: a has no class; in train, every video needs a class"),
         ('[{"file": 1}]', "t.csv: entry 1: no column 'label'; the columns are file"),
-        ('[{"file": {}, "label": 1, "set": 2}]', "t.csv: entry 1: no column 'file'"),
-        ("[3]", "t.csv: entry 1: must be an object with the columns file, label, set"),
+        ('[{"file": {}, "label": 1, "set": 2}]', "t.csv: entry 1: the column 'file' must hold one value, got {}"),
+        ('{"file": "a", "label": [1, 2], "set": "test"}', "t.csv: entry 1: the column 'label' must hold one value"),
+        ('{"a.mp4": 1}', "t.csv: entry 1: no column 'file'; the columns are key, value"),
+        ("file,label,set,set\na,b,train,test\n", "t.csv:1: the column 'set' is there more than once; rename one"),
+        ("file,label,set\na,-1,train\n", "t.csv:2: a has no class; in train, every video needs a class"),
+        ("file,label,set\na,r\0n,train\n", "such a class name cannot stand in classes.csv|not readable as csv"),
+        ("[3]", "t.csv: entry 1: no column .file.; the columns are value"),
         ("[", "t.csv: is not valid JSON"),
         ("[" * 100_000, "t.csv: is not valid JSON"),
         ('{"file": [1, 2], "label": [1], "set": []}', "t.csv: the columns .* are of different lengths"),
@@ -1092,3 +1202,13 @@ def test_an_error_is_told_though_nobody_reads_the_output(touch, tmp_path):
     done = subprocess.run(program, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "1 of 1 videos are not on disk" in done.stderr
+
+
+def test_a_program_without_an_output_ends_as_usual(touch, tmp_path):
+    root = touch("videos", **{"a/1.mp4": None})
+    for folder, status in ((root, 0), (tmp_path / "nothing", 1)):
+        program = command("list", "folders", folder, tmp_path / "out", "--modality", "video")
+        done = subprocess.run(
+            ["sh", "-c", '"$@" >&-', "sh", *program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode == status and "Traceback" not in done.stderr and done.stderr.count("\n") == status

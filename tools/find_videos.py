@@ -59,6 +59,7 @@ class LeftOut:
     """What a search passed over. Paths are relative to the root.
 
     links: links to a folder that contains them, which are not entered
+    again: links below another link, to a folder that a link has led to before, which are not entered either
     broken: links whose target does not exist
     special: pipes, sockets and devices
     others: suffix -> files that are not named like a video or a frame
@@ -67,6 +68,7 @@ class LeftOut:
     """
 
     links: Tally = field(default_factory=Tally)
+    again: Tally = field(default_factory=Tally)
     broken: Tally = field(default_factory=Tally)
     special: Tally = field(default_factory=Tally)
     others: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
@@ -77,6 +79,7 @@ class LeftOut:
         """One line for each kind that there is: the number and a few examples."""
         kinds = [
             (self.links, "links to a folder that contains them"),
+            (self.again, "links to a folder that another link has led to"),
             (self.broken, "broken links"),
             (self.special, "pipes, sockets or devices"),
             *((self.others[suffix], _files(suffix)) for suffix in sorted(self.others)),
@@ -128,11 +131,20 @@ def frame_folders(root: Path, image_tmpl: str, left_out: LeftOut | None = None) 
 
 @dataclass
 class _Folder:
-    """One folder of a walk: its path relative to the root, its regular files, and the subfolders to be entered."""
+    """One folder of a walk.
+
+    path: relative to the root
+    below_link: whether a folder that contains it is a link
+    link: what it leads to, if it is a link
+    files: its regular files
+    folders: the subfolders to be entered, and what they lead to if they are links
+    """
 
     path: str
+    below_link: bool = False
+    link: Identity | None = None
     files: list[os.DirEntry] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
+    folders: dict[str, Identity | None] = field(default_factory=dict)
 
     def at(self, name: str) -> str:
         return name if self.path == "." else f"{self.path}/{name}"
@@ -141,24 +153,32 @@ class _Folder:
 def _walk(root: Path, left_out: LeftOut) -> Iterator[_Folder]:
     """Yield the root and the folders below it, except hidden ones. The consumer may remove from `folders`.
 
-    os.walk would follow a link that leads back without end.
+    os.walk would follow a link that leads back without end. Folders that all link to each other have as many paths as
+    there are orders of them, so below a link, no second link to the same folder is entered.
     """
-    pending = ["."]
+    pending = [_Folder(".")]
+    entered: set[Identity] = set()
     while pending:
-        folder = _Folder(pending.pop())
+        folder = pending.pop()
+        if folder.link is not None:
+            if folder.below_link and folder.link in entered:
+                left_out.again.add(folder.path)
+                continue
+            entered.add(folder.link)
         try:
             _list(root, folder, left_out)
         except OSError as error:
             _unreadable(error)
         yield folder
-        pending += map(folder.at, folder.folders)
+        below_link = folder.below_link or folder.link is not None
+        pending += [_Folder(folder.at(name), below_link, link) for name, link in folder.folders.items()]
 
 
 def _list(root: Path, folder: _Folder, left_out: LeftOut) -> None:
     """Fill `files` and `folders`. Raises OSError."""
     containing: set[Identity] | None = None  # found out at the first link
     with os.scandir(root / folder.path) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):  # the same links are entered on every machine
             path = folder.at(entry.name)
             if entry.name.startswith("."):
                 continue
@@ -168,10 +188,12 @@ def _list(root: Path, folder: _Folder, left_out: LeftOut) -> None:
                 folder.files.append(entry)
             elif not entry.is_dir():
                 left_out.special.add(path)
-            elif entry.is_symlink() and _identity(entry.path) in (containing := containing or _around(root, folder)):
+            elif not entry.is_symlink():
+                folder.folders[entry.name] = None
+            elif (link := _identity(entry.path)) in (containing := containing or _around(root, folder)):
                 left_out.links.add(path)
             else:
-                folder.folders.append(entry.name)
+                folder.folders[entry.name] = link
 
 
 def _around(root: Path, folder: _Folder) -> set[Identity]:

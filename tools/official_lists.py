@@ -17,7 +17,7 @@ KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 HMDB51_SPLITS = {"0": None, "1": "train", "2": "val"}
 PARTS = {  # part -> how data sets name it
     "train": ("train", "training"),
-    "val": ("val", "valid", "validate", "validation", "dev"),
+    "val": ("val", "valid", "validate", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
 
@@ -45,7 +45,7 @@ def part_of(word: str) -> str | None:
     return next((part for part, words in PARTS.items() if word.strip().lower() in words), None)
 
 
-def read_kinetics(path: Path, part: str) -> list[Annotation]:
+def read_kinetics(path: Path, part: str = "train") -> list[Annotation]:
     """A csv file with columns label, youtube_id, time_start, time_end, and others, or the json file of a release.
 
     Only a test file may be without labels. If a json file holds several subsets, those of `part` are taken. Names are
@@ -87,7 +87,10 @@ def _read_kinetics_json(path: Path, part: str) -> list[Annotation]:
             annotation = _kinetics(video, times, details.get("label"), source)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{source}: annotations with a label and a segment of two times expected") from error
-        annotations.append((part_of(str(entry.get("subset", part))), annotation))
+        subset = str(entry.get("subset", part))
+        if part_of(subset) is None:
+            raise DataError(f"{source}: the subset must be train, val or test, got {quoted(subset)}")
+        annotations.append((part_of(subset), annotation))
     several = len({subset for subset, _ in annotations}) > 1
     return [annotation for subset, annotation in annotations if not several or subset == part]
 
@@ -108,7 +111,7 @@ def read_something_v1(path: Path, part: str) -> list[Annotation]:
 def _answers(path: Path, text: str, part: str) -> list[Annotation]:
     annotations = []
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        video, semicolon, name = line.partition(";")
+        video, semicolon, name = (value.strip() for value in line.partition(";"))
         if line and not semicolon and part != "test":
             raise DataError(f"{path}:{number}: a line must read 'id;class', got {quoted(line)}")
         if line:
@@ -141,7 +144,7 @@ def read_something_v2(path: Path, part: str) -> list[Annotation]:
 
 
 def _plain(template: str | None) -> str | None:
-    return template and template.replace("[", "").replace("]", "")
+    return template.replace("[", "").replace("]", "") if template else None
 
 
 def read_something_v2_classes(path: Path) -> list[str]:

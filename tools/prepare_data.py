@@ -16,7 +16,8 @@ may be without labels, give OUT/test.txt. What a search of ROOT leaves out is co
     python tools/prepare_data.py list table FILE ROOT OUT --path COLUMN [--label COLUMN] [--split COLUMN] ...
 
 reads any csv, tsv or json file with a column of paths below ROOT. Columns are names in the header, or numbers from 1 in
-a file without a header; in json, `a.b` is a value inside an object, and `key` the name of an entry of an object.
+a file without a header; in json, `a.b` is a value inside an object, `key` the name of an entry, and `value` an entry
+that is no object. A label that is empty or -1 is none.
 """
 
 import argparse

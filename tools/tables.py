@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import DataError
+from utils.errors import DataError, quoted
 
 DELIMITERS = ",;\t|"
 LONGEST_FIELD = 1 << 30  # characters; Python's own limit is 128 KiB
-KEY = "key"  # column of the names of the entries of a JSON object
+KEY, VALUE = "key", "value"  # columns of the names of the entries of a JSON object, and of entries without columns
 NAMED = 12  # columns in an error message
 
 Row = tuple[str, list[str]]  # "FILE:LINE", and the values of the wanted columns
@@ -22,7 +22,8 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     A csv or tsv file has a header with the names of its columns. In a file without one, columns are numbers from 1.
 
     A json file holds a list of objects, one object for each line, an object of objects, whose names are the column
-    `key`, or an object with a list for each column. `a.b` is the column `b` of an object in the column `a`.
+    `key`, or an object with a list for each column. `a.b` is the column `b` of an object in the column `a`. What is no
+    object, as in {"a.mp4": "run"} and {"run": ["a.mp4", "b.mp4"]}, is the column `value`.
 
     Raises:
         DataError: the file cannot be read or has no rows, or a row does not have a column.
@@ -41,11 +42,14 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
 
 def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
     lines = text.splitlines(keepends=True)
-    first = next((line for line in lines if line.strip()), "")
-    delimiter, header = _header(path, first, columns)
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        return
     usual_limit = csv.field_size_limit(LONGEST_FIELD)
-    rows, started, width = csv.reader(lines, delimiter=delimiter), 0, 0
+    started = width = 0
     try:
+        delimiter, header = _header(path, first, columns)
+        rows = csv.reader(lines, delimiter=delimiter)
         for row in rows:
             source, started = f"{path}:{started + 1}", rows.line_num
             if not any(row):
@@ -58,7 +62,7 @@ def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
                 raise DataError(f"{source}: {width} columns expected, got {len(row)}; is a quote not closed?")
             yield source, [row[header.index(name) if header else int(name) - 1].strip() for name in columns]
     except csv.Error as error:
-        raise DataError(f"{path}:{rows.line_num}: not readable as csv ({error})") from error
+        raise DataError(f"{path}:{started + 1}: not readable as csv ({error})") from error
     finally:
         csv.field_size_limit(usual_limit)
 
@@ -69,6 +73,9 @@ def _header(path: Path, line: str, columns: Sequence[str]) -> tuple[str, list[st
     for delimiter in "\t" if path.suffix.lower() == ".tsv" else DELIMITERS + " ":
         split[delimiter] = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
         if set(columns) <= set(split[delimiter]):
+            for name in columns:
+                if split[delimiter].count(name) > 1:
+                    raise DataError(f"{path}:1: the column {name!r} is there more than once; rename one")
             return delimiter, split[delimiter]
     if all(name.isdecimal() and int(name) > 0 for name in columns):
         for delimiter, values in sorted(split.items(), key=lambda item: (item[0] == " ", -len(item[1]))):
@@ -82,10 +89,13 @@ def _json_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
     for source, entry in _entries(path, text, columns):
         values = []
         for name in columns:
-            value = _value(entry, name)
-            if isinstance(value, dict | list) or (value is None and not _has(entry, name)):
+            if not _has(entry, name):
                 raise _missing(source, name, list(entry))
-            values.append("" if value is None else str(value).strip())
+            value = _value(entry, name)
+            if isinstance(value, dict | list):
+                raise DataError(f"{source}: the column {name!r} must hold one value, got {quoted(value)}")
+            missing = value is None or value != value  # pandas writes NaN
+            values.append("" if missing else str(value).strip())
         yield source, values
 
 
@@ -108,9 +118,7 @@ def _entries(path: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[st
     for source, entry in zip(sources, content, strict=True):
         if isinstance(entry, list):
             entry = {str(number): value for number, value in enumerate(entry, 1)}
-        if not isinstance(entry, dict):
-            raise DataError(f"{source}: must be an object with the columns {', '.join(columns)}")
-        yield source, entry
+        yield source, entry if isinstance(entry, dict) else {VALUE: entry}
 
 
 def _rows_of(path: Path, content: dict[str, Any], columns: Sequence[str]) -> list[Any]:
@@ -120,18 +128,34 @@ def _rows_of(path: Path, content: dict[str, Any], columns: Sequence[str]) -> lis
         if len(set(map(len, lists))) > 1:
             raise DataError(f"{path}: the columns {', '.join(columns)} are of different lengths")
         return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+    if all(_has(content, name) for name in columns):  # the only row, as in a file of one line
+        return [content]
     for place in (content, *content.values()):
-        rows = _objects(place)
+        rows = _objects(place) or (_pairs(place) if VALUE in columns else [])
         if rows and all(_has(rows[0], name) for name in columns):
             return rows
-    return _objects(content) or [content]
+    some_are_there = any(_has(content, name) for name in columns)
+    return _objects(content) or ([] if some_are_there else _pairs(content)) or [content]
 
 
 def _objects(place: Any) -> list[Any]:
-    """The objects in a list or object; none if it holds something else."""
+    """The rows in a list of objects, or in an object; none if it holds something else."""
+    if isinstance(place, list):
+        return place if all(isinstance(entry, dict) for entry in place) else []
     if isinstance(place, dict) and all(isinstance(entry, dict) for entry in place.values()):
         return [{KEY: name, **entry} for name, entry in place.items()]
-    return place if isinstance(place, list) and all(isinstance(entry, dict) for entry in place) else []
+    return []
+
+
+def _pairs(place: Any) -> list[Any]:
+    """A row for each entry of an object or, where an entry is a list, for each item."""
+    if not isinstance(place, dict):
+        return []
+    return [
+        {KEY: name, VALUE: value}
+        for name, values in place.items()
+        for value in (values if isinstance(values, list) else [values])
+    ]
 
 
 def _value(entry: dict[str, Any], name: str) -> Any:

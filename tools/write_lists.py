@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from datasets.annotations import UNLABELLED, parse_line
+from datasets.annotations import LONGEST_LINE, UNLABELLED, parse_line
 from datasets.video_files import VIDEO_SUFFIXES
 from tools import official_lists
 from tools.find_videos import Found, Identity, LeftOut, frame_folders, some, video_files
@@ -26,6 +27,9 @@ from utils.errors import DataError, UserError
 
 MISSING, CLASSES = "missing.txt", "classes.csv"
 EMPTY = " (an empty file)"
+NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
+SIZE = re.compile(r"[ _-]?(set|\d+p?)$", re.IGNORECASE)  # what may follow the name of a split
+LONGEST_NAME = LONGEST_LINE // 4  # characters of a class name: quotes in it are doubled, and the list adds its number
 
 
 class Disk:
@@ -152,12 +156,14 @@ def hmdb51(args: argparse.Namespace, disk: Callable[[str], Disk]) -> Splits:
 def folders(args: argparse.Namespace, disk: Callable[[str], Disk]) -> Splits:
     """one folder per class"""
     parts = {"train": disk("train").in_class_folders()}
-    refuse_splits(args.root, {annotation.class_name or "" for annotation in parts["train"]})
+    like_splits = refuse_splits(args.root, {annotation.class_name or "" for annotation in parts["train"]})
     if args.val_share is not None:
         parts |= held_out(args, parts["train"])
     elif args.val_root is not None:
         parts["val"] = disk("val").in_class_folders()
     splits = by_name(parts)
+    if like_splits:
+        splits.notes.append(f"{args.root}: warning: taken for classes, though named like splits: {some(like_splits)}")
     if unknown := set(splits.classes) - {annotation.class_name for annotation in parts["train"]}:
         raise DataError(f"{args.val_root / min(unknown)}: no such class folder in {args.root}")
     for part in ("train", "val") if args.val_root is not None else ("train",):
@@ -168,17 +174,20 @@ def folders(args: argparse.Namespace, disk: Callable[[str], Disk]) -> Splits:
     return splits
 
 
-def refuse_splits(root: Path, folders: set[str]) -> None:
-    """Raise DataError if the folders of ROOT are not classes but "train", "val" and the like."""
-    of_part: dict[str, str] = {part: folder for folder in sorted(folders) if (part := part_of(folder))}
-    if len(of_part) < 2 and set(of_part.values()) != folders:
-        return
+def refuse_splits(root: Path, folders: set[str]) -> list[str]:
+    """Return the folders of ROOT whose names are those of splits, such as "train" and "val_256".
+
+    Raises:
+        DataError: there are two splits of them, or nothing else, so that they are no classes.
+    """
+    parts = {folder: part for folder in sorted(folders) if (part := part_of(SIZE.sub("", folder)))}
+    of_part = {part: folder for folder, part in parts.items()}
+    if len(of_part) < 2 and set(parts) != folders:
+        return list(parts)
     train, val = of_part.get("train"), of_part.get("val") or of_part.get("test")
     advice = f"give {root / train} as ROOT" if train else "give the folder of the training videos as ROOT"
     advice += f", and --val_root {root / val}" if val else ""
-    raise DataError(
-        f"{root}: holds the splits {', '.join(sorted(of_part.values()))}, not one folder per class; {advice}"
-    )
+    raise DataError(f"{root}: holds the splits {', '.join(parts)}, not one folder per class; {advice}")
 
 
 def table(args: argparse.Namespace, disk: Callable[[str], Disk]) -> Splits:
@@ -196,18 +205,27 @@ def table(args: argparse.Namespace, disk: Callable[[str], Disk]) -> Splits:
             part = known
         if not path:
             raise DataError(f"{source}: {args.path} is empty; every row needs a video")
-        stem, suffix = os.path.splitext(path)
-        name = os.path.normpath(stem if suffix.lower() in VIDEO_SUFFIXES else path)
-        label = values.get(args.label, "") or None
-        parts[part].append(Annotation(name, label, source, (os.path.normpath(path),), fixed=True))
+        names = []
+        for spelling in (path, path.replace("\\", "/")):  # a table may come from Windows
+            stem, suffix = os.path.splitext(spelling)
+            names += [os.path.normpath(stem if suffix.lower() in VIDEO_SUFFIXES else spelling)]
+            names += [os.path.normpath(spelling)]
+        label = values.get(args.label)
+        class_name = None if label in (None, "", str(UNLABELLED)) else label
+        parts[part].append(Annotation(names[0], class_name, source, tuple(names[1:]), fixed=True))
+    for part in ("val", "test"):
+        if getattr(args, f"{part}_root") is not None and part not in parts:
+            raise UserError(f"--{part}_root: {args.file} names no {part} videos; --split COLUMN says which they are")
     if args.val_share is not None:
+        if "train" not in parts:
+            raise UserError(f"--val_share: {args.file} names no training videos; a share needs --label")
         if "val" in parts:
             raise UserError(f"--val_share: not together with --split {args.split}, which names validation videos")
         parts |= held_out(args, parts["train"])
     splits = by_name({part: parts[part] for part in PARTS if parts[part]})
-    if splits.classes and all(name.isdecimal() for name in splits.classes):
-        splits.classes.sort(key=int)
-        if splits.classes != [str(label) for label in range(len(splits.classes))]:
+    if splits.classes and all(NUMBER.fullmatch(name) for name in splits.classes):
+        splits.classes.sort(key=float)
+        if [float(name) for name in splits.classes] != list(range(len(splits.classes))):
             splits.notes.append(
                 f"{args.file}: warning: labels do not run from 0, so they are numbered anew in {CLASSES}"
             )
@@ -351,7 +369,8 @@ def _write_lists(args: argparse.Namespace, disk: Callable[[str], Disk], notes: l
         write_text(path, text)
         lines.append(f"{path}: {described(listed[part])}")
         places[part] = {"root": str(root_of(args, part)), "list": str(path)}
-    later = places.pop("test", None) if "val" in places else None
+    without_labels = "test" in places and listed["test"][0][1] == UNLABELLED
+    later = places.pop("test", None) if "val" in places or ("train" in places and without_labels) else None
     for part, place in places.items():
         config |= {f"{'val' if part == 'test' else part}_{what}": value for what, value in place.items()}
     if args.modality == "RGB":
@@ -427,7 +446,7 @@ def class_names(classes: list[str]) -> str:
             raise DataError(f"{name!r}: a class needs a name of more than spaces")
         if (other := first.setdefault(name.strip(), name)) != name:
             raise DataError(f"{other!r} and {name!r}: the names of these classes differ only in spaces; rename one")
-        if len(name.splitlines()) > 1 or not writable(name):
+        if len(name.splitlines()) > 1 or "\0" in name or len(name) > LONGEST_NAME or not writable(name):
             raise DataError(f"{name!r}: such a class name cannot stand in {CLASSES}; rename it")
     names = io.StringIO()
     csv.writer(names, lineterminator="\n").writerows([("id", "name"), *enumerate(classes)])

@@ -60,7 +60,8 @@ def run_program(main: Callable[[list[str]], object]) -> None:
     try:
         with StopSignals(), preferring_stop():
             main(sys.argv[1:])
-            sys.stdout.flush()  # at the end of the process, Python would report a closed pipe
+            if sys.stdout is not None:  # None: the program was started without one
+                sys.stdout.flush()  # at the end of the process, Python would report a closed pipe
     except UserError as error:
         _end(f"error: {error.line}", 1)
     except Stopped as stopped:
@@ -107,8 +108,10 @@ def _discard(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _is_closed_pipe(stream: TextIO) -> bool:
+def _is_closed_pipe(stream: TextIO | None) -> bool:
     """Whether the reader of a pipe has closed its end."""
+    if stream is None:
+        return False
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
