@@ -49,7 +49,7 @@ def test_the_workflow_runs_the_test_script_on_the_oldest_python_that_the_code_is
 
 
 def test_the_repository_holds_no_link():
-    """A tracked link leads to a path of the machine on which it was made; a link .venv would keep scripts from making it."""
+    """A tracked link leads to a path of the machine on which it was made."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     tracked = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True)
