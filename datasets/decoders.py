@@ -113,13 +113,13 @@ class PyAVDecoder:
         return count
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Return the frames, rotated as the file's display matrix says."""
+        """Return the frames, turned and mirrored as the file's display matrix says."""
         if self._table is not None:
             if (read := self._table.read(indices)) is not None:
                 return read
             if (decoded := sum(1 for _ in self._decode())) != self.num_frames:
                 raise ValueError(f"{self.num_frames} packets hold a frame, but {decoded} frames can be decoded")
-        wanted, convert = set(indices), _Converter()
+        wanted, convert = set(indices), Converter()
         frames = itertools.islice(self._held or self._decode(), indices[-1] + 1)
         return [convert(frame) for index, frame in enumerate(frames) if index in wanted]
 
@@ -180,7 +180,7 @@ class PacketTable:
         errors = _import("av").FFmpegError
         wanted = {self.packets[self.shown[index]].pts for index in indices}
         needed = self.needed(indices)
-        times, frames, convert = [], [], _Converter()
+        times, frames, convert = [], [], Converter()
         try:
             for packet in [*(self.packets[number] for number in needed), None]:
                 for frame in self.codec.decode(packet):
@@ -294,8 +294,8 @@ def decoded_size(path: str) -> int:
     return packets * stream.codec_context.width * stream.codec_context.height * 3 // 2
 
 
-class _Converter:
-    """Converts PyAV frames to RGB arrays, uint8 (H, W, 3), rotated upright, on one thread."""
+class Converter:
+    """Converts PyAV frames to RGB arrays, uint8 (H, W, 3), contiguous, upright and unmirrored, on one thread."""
 
     def __init__(self) -> None:
         av = _import("av")
@@ -304,8 +304,41 @@ class _Converter:
         self._threads = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
     def __call__(self, frame: Any) -> np.ndarray:
-        converted = self._reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", **self._threads)
-        return np.ascontiguousarray(np.rot90(converted.to_ndarray(), round(frame.rotation / 90)))
+        # FFmpeg 8 converts the two fields of a frame apart if it is flagged interlaced, earlier versions do not.
+        plain = _progressive(frame) if frame.interlaced_frame else frame
+        converted = self._reformatter.reformat(plain, format="rgb24", interpolation="BICUBIC", **self._threads)
+        return np.ascontiguousarray(_upright(converted.to_ndarray(), _display_matrix(frame)))
+
+
+def _progressive(frame: Any) -> Any:
+    """Return a copy of a frame without the interlaced flag, which PyAV does not let one change."""
+    copy = _import("av").VideoFrame(frame.width, frame.height, frame.format.name)
+    for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+        if hasattr(frame, name):
+            setattr(copy, name, getattr(frame, name))
+    for source, target in zip(frame.planes, copy.planes, strict=True):
+        size = min(source.line_size, target.line_size)
+        lines = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)
+        into = np.frombuffer(target, np.uint8).reshape(-1, target.line_size)
+        into[: len(lines), :size] = lines[: len(into), :size]
+    return copy
+
+
+def _display_matrix(frame: Any) -> np.ndarray | None:
+    """Return how (x, y) of a frame turns into (x, y) of the screen, int32 (2, 2), applied from the right."""
+    kind = _import("av").sidedata.sidedata.Type.DISPLAYMATRIX
+    data = frame.side_data.get(kind)
+    return None if data is None else np.frombuffer(data, np.int32)[:9].reshape(3, 3)[:2, :2]
+
+
+def _upright(pixels: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    """Turn and mirror pixels (H, W, 3) by the nearest of the eight matrices that map the axes to axes."""
+    if matrix is None:
+        return pixels
+    (a, b), (c, d) = matrix.astype(np.int64)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _video_stream(container: Any) -> Any:

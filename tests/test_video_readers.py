@@ -24,6 +24,7 @@ from datasets.annotations import VideoRecord
 from datasets.bitstreams import Picture
 from datasets.decoders import PyAVDecoder, presentation, read_packet_table
 from datasets.readers import VideoFileReader
+from tools.extract_frames import upright_frames
 from utils.errors import ConfigError, DataError
 
 TICKS = [int(tick) for tick in np.cumsum(np.random.default_rng(0).choice([20, 40, 40, 120, 400], FRAMES))]
@@ -176,7 +177,7 @@ X264 = {
 def test_skipping_packets_changes_no_pixel(tmp_path, options, share):
     path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
     write_packets(path, frames=scene(FRAMES), options={"x264-params": options})
-    convert = decoders._Converter()
+    convert = decoders.Converter()
     whole = [convert(frame) for frame in PyAVDecoder(str(path))._decode()]
     shares = []
     for count in (1, 1, 2, 4, 8, 8):
@@ -498,6 +499,43 @@ def test_both_decoders_turn_a_video_upright(clips, tmp_path, quarters):
     assert decord.shape == pyav.shape == ((HEIGHT, WIDTH, 3) if quarters == 2 else (WIDTH, HEIGHT, 3))
     assert np.abs(np.subtract(decord, pyav, dtype=int)).max() <= 2
     assert number_of(np.rot90(decord, quarters)) == 5
+
+
+# (a, b, c, d) of the display matrix -> the frame on the screen
+SHOWN = {
+    (1, 0, 0, 1): lambda frame: frame,
+    (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
+    (1, 0, 0, -1): lambda frame: frame[::-1],
+    (-1, 0, 0, -1): lambda frame: frame[::-1, ::-1],
+    (0, 1, 1, 0): lambda frame: frame.transpose(1, 0, 2),
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),
+    (0, -1, 1, 0): lambda frame: np.rot90(frame),
+    (0, -1, -1, 0): lambda frame: frame[::-1, ::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("matrix", SHOWN)
+def test_all_eight_display_matrices_come_out_upright_and_unmirrored(clips, tmp_path, matrix):
+    data = bytearray(clips("constant rate.mp4").read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 40, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(data)
+    stored = open_video(clips("constant rate.mp4"), "pyav").read([5])[0]
+    assert np.array_equal(open_video(path, "pyav").read([5])[0], SHOWN[matrix](stored))
+    assert np.array_equal(list(upright_frames(path, HEIGHT))[5], SHOWN[matrix](stored))
+
+
+def test_the_interlaced_flag_changes_no_pixel(tmp_path):
+    """The flag is set on a stream of the same lossless pixels."""
+    for name, flag in (("plain.mp4", "0"), ("flagged.mp4", "1")):
+        options = {"qp": "0", "x264-params": f"fake-interlaced={flag}:tff={flag}"}
+        write_packets(tmp_path / name, frames=scene(3), options=options)
+    flagged, plain = (PyAVDecoder(str(tmp_path / name)) for name in ("flagged.mp4", "plain.mp4"))
+    assert [frame.interlaced_frame for frame in flagged._decode()] == [True] * 3
+    assert np.array_equal(flagged.read([0, 1, 2]), plain.read([0, 1, 2]))
+    one, two = (list(upright_frames(tmp_path / name, 32)) for name in ("flagged.mp4", "plain.mp4"))
+    assert np.array_equal(one, two)
 
 
 # Processes and libraries

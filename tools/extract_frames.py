@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.annotations import numbered_lines, split_line
-from datasets.decoders import decode_all
+from datasets.decoders import Converter, decode_all
+from datasets.resample import Resample, bicubic
 from datasets.video_files import VIDEO_SUFFIXES
 from tools.find_videos import LeftOut, video_files
 from utils.atomic import write_json, writing
@@ -190,12 +191,17 @@ def upright_frames(path: Path, short_side: int) -> Iterator[np.ndarray]:
 
     Raises what `datasets.decoders.decode_all` raises at damage.
     """
+    convert = Converter()
     for frame in decode_all(path):
-        width, height = frame.width, frame.height
-        if min(width, height) > short_side:
-            width, height = (size * short_side // min(width, height) for size in (width, height))
-        resized = frame.reformat(width, height, format="rgb24", interpolation="BICUBIC")
-        yield np.ascontiguousarray(np.rot90(resized.to_ndarray(), round(frame.rotation / 90)))
+        pixels = convert(frame)
+        height, width = pixels.shape[:2]
+        if min(width, height) <= short_side:
+            yield pixels
+            continue
+        new_width, new_height = (size * short_side // min(width, height) for size in (width, height))
+        resized = np.empty((3, new_height, new_width), np.uint8)
+        Resample(bicubic(width, new_width), bicubic(height, new_height))(pixels, resized)
+        yield np.ascontiguousarray(resized.transpose(1, 2, 0))
 
 
 def unfinished(folder: Path) -> Path:
