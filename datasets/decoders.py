@@ -96,7 +96,7 @@ class PyAVDecoder:
     If the packet headers describe every frame (see `read_packet_table`), only the packets that the wanted frames need
     are decoded, and the times of the decoded frames are checked. Any other file is decoded completely to count its
     frames. The frames are kept for `read` if they fit in MOST_HELD bytes; otherwise `read` decodes the file again. A
-    damaged file has the frames before the first packet that cannot be decoded.
+    packet that cannot be decoded is skipped, and decoding goes on behind it.
     """
 
     def __init__(self, path: str):
@@ -130,24 +130,30 @@ class PyAVDecoder:
         return len(self._held)
 
     def _decode(self) -> Iterator[Any]:
-        return decode_all(self._path, stop_at_damage=True)
+        return decode_all(self._path, skip_damage=True)
 
 
-def decode_all(path: str | Path, stop_at_damage: bool = False) -> Iterator[Any]:
+def decode_all(path: str | Path, skip_damage: bool = False) -> Iterator[Any]:
     """Yield every frame of a video file as a PyAV frame, in the order of presentation.
 
     Each call opens the file, because seeking back to the start is not exact in every format. The first packet that
-    cannot be decoded raises PyAV's error; with `stop_at_damage` it ends the iteration, after the frames that the
-    decoder still holds.
+    cannot be decoded raises PyAV's error. With `skip_damage`, decoding goes on behind it, as in FFmpeg's own programs,
+    and a file that cannot be read further ends after the frames that the decoder still holds.
     """
     av = _import("av")
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         try:
             for packet in container.demux(stream):
-                yield from packet.decode()
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    if not skip_damage:
+                        raise
+                    continue
+                yield from frames
         except av.FFmpegError:
-            if not stop_at_damage:
+            if not skip_damage:
                 raise
             with contextlib.suppress(av.FFmpegError):
                 yield from stream.codec_context.decode(None)

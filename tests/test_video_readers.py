@@ -433,6 +433,20 @@ def test_packets_without_a_picture_are_an_error_with_decord_because_it_counts_th
             numbers(path, "decord", indices)
 
 
+@pytest.mark.parametrize("spoilt", [0, 20])
+@pytest.mark.parametrize("held", [decoders.MOST_HELD, 0])
+def test_decoding_goes_on_behind_a_packet_that_cannot_be_decoded(tmp_path, monkeypatch, spoilt, held):
+    monkeypatch.setattr(decoders, "MOST_HELD", held)
+    path = tmp_path / "clip.avi"
+    write_packets(path, codec="mjpeg", pixel_format="yuvj420p")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][spoilt]
+    data = bytearray(path.read_bytes())
+    data[packet.pos + 8 : packet.pos + 8 + packet.size] = bytes(packet.size)
+    path.write_bytes(data)
+    assert numbers(path, "pyav") == [number for number in range(FRAMES) if number != spoilt]
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_file_that_is_not_a_video_is_an_error_of_one_line(clips, tmp_path, decoder):
     path = tmp_path / "clip.mp4"
