@@ -141,7 +141,7 @@ def decode_all(path: str | Path, skip_damage: bool = False) -> Iterator[Any]:
     and a file that cannot be read further ends after the frames that the decoder still holds.
     """
     av = _import("av")
-    with av.open(str(path)) as container:
+    with av.open(os.path.abspath(path)) as container:  # a colon in a relative path would name a protocol
         stream = _video_stream(container)
         try:
             for packet in container.demux(stream):

@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import DECODERS, is_mpeg_stream
+from datasets.decoders import DECODERS, VideoDecoder, is_mpeg_stream
 from datasets.frame_files import frame_pattern
 from utils.errors import DataError, UserError
 
@@ -172,7 +172,7 @@ class VideoFileReader:
     """Reads videos that are stored as video files. Index i is the i-th frame in the order of presentation.
 
     `decoder` is "pyav", "decord" or "auto". With "auto", PyAV reads all files except those that it would decode twice,
-    which decord reads. MPEG streams always go to PyAV, because decord refuses them. The library is imported when a
+    which decord reads, or PyAV if decord cannot. MPEG streams always go to PyAV, because decord refuses them. The library is imported when a
     video is opened, in the loader's worker.
     """
 
@@ -189,12 +189,12 @@ class VideoFileReader:
                 "check the data root, and that lines read 'path label'"
             )
         name = "pyav" if self.decoder == "auto" else self.decoder
+        # FFmpeg takes what precedes a colon for a protocol, except in an absolute path.
+        absolute = os.path.abspath(path)
         with _named_errors(path, record, name):
-            decoder = DECODERS[name](path)
+            decoder = DECODERS[name](absolute)
         if self.decoder == "auto" and decoder.decodes_twice and not is_mpeg_stream(path):
-            name = "decord"
-            with _named_errors(path, record, name):
-                decoder = DECODERS[name](path)
+            decoder = _DecordOrPyAV(absolute, decoder)
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
             with _named_errors(path, record, name):
@@ -202,6 +202,36 @@ class VideoFileReader:
 
         with _named_errors(path, record, name):
             return OpenedVideo(decoder.num_frames, read)
+
+
+class _DecordOrPyAV:
+    """Reads a video with decord, and with PyAV if decord cannot open it or return the frames."""
+
+    decodes_twice = False
+
+    def __init__(self, path: str, pyav: VideoDecoder):
+        self._pyav = pyav
+        self._decord: VideoDecoder | None = None
+        try:
+            self._decord = DECODERS["decord"](path)
+            self.num_frames = self._decord.num_frames
+        except UserError:
+            raise
+        except Exception:  # decord raises many exception types
+            self._decord, self.num_frames = None, pyav.num_frames
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        if self._decord is not None:
+            try:
+                return self._decord.read(indices)
+            except Exception:  # decord raises many exception types
+                # decord may count frames that do not exist. The last frame takes their place.
+                last = self._pyav.num_frames - 1
+                found = [min(index, last) for index in indices]
+                distinct = list(dict.fromkeys(found))
+                frames = dict(zip(distinct, self._pyav.read(distinct), strict=True))
+                return [frames[index] for index in found]
+        return self._pyav.read(indices)
 
 
 @contextlib.contextmanager

@@ -372,8 +372,25 @@ def test_auto_uses_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_pat
         assert numbers(path, "auto") == list(range(FRAMES))
         assert taken == expected
     write_packets(tmp_path / "empty.avi", frames=40, codec="mpeg4", keys=1000, empty=5)
-    with pytest.raises(DataError, match="empty.avi: decord cannot read it .*data.decoder=pyav may read it$"):
-        numbers(tmp_path / "empty.avi", "auto")
+    assert numbers(tmp_path / "empty.avi", "auto")[:40] == list(range(40))
+
+
+def test_auto_reads_with_pyav_what_decord_cannot_open(clips, monkeypatch):
+    def refuse(path):
+        raise RuntimeError("unknown codec")
+
+    monkeypatch.setattr(decoders, "MOST_HELD", 1)
+    monkeypatch.setitem(decoders.DECODERS, "decord", refuse)
+    assert numbers(clips("MPEG-4, B-frames.avi"), "auto") == list(range(FRAMES))
+
+
+@pytest.mark.parametrize("decoder", [*DECODERS, "auto"])
+def test_a_relative_root_with_a_colon_is_a_path(clips, tmp_path, monkeypatch, decoder):
+    (tmp_path / "k400:val").mkdir()
+    (tmp_path / "k400:val" / "a.mp4").write_bytes(clips("B-frames.mp4").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    record = VideoRecord("a.mp4", None, 0, "list.txt:3")
+    assert VideoFileReader("k400:val", decoder).open(record).num_frames == FRAMES
 
 
 # Damaged files

@@ -238,7 +238,7 @@ def stated_seconds(path: str) -> float | None:
     Decoding a file of these formats that was cut off raises no error, so the length has to be compared. None for other
     formats, and where the length is unknown, as in a file with sound and no tag.
     """
-    with av.open(path) as container:
+    with av.open(os.path.abspath(path)) as container:
         if "matroska" not in container.format.name:
             return None
         stream = container.streams.best("video")
