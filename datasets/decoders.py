@@ -349,10 +349,17 @@ def _upright(pixels: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
 
 def _video_stream(container: Any) -> Any:
     stream = container.streams.best("video")
+    if stream is not None and _is_cover(stream):
+        stream = next((other for other in container.streams.video if not _is_cover(other)), None)
     if stream is None:
         raise ValueError("it holds no video")
     stream.codec_context.thread_count = 1
     return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    """Return whether a video stream is a picture that belongs to the file as a whole, such as cover art."""
+    return bool(stream.disposition & _import("av").stream.Disposition.attached_pic)
 
 
 DECODERS: dict[str, Callable[[str], VideoDecoder]] = {"pyav": PyAVDecoder, "decord": DecordDecoder}

@@ -482,6 +482,21 @@ def test_a_file_that_is_not_a_video_is_an_error_of_one_line(clips, tmp_path, dec
     error_line(tmp_path / "sound.mp4", decoder)
 
 
+def test_cover_art_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(numbered_picture(3), format="rgb24")
+        container.mux([*cover.encode(picture), *cover.encode(None)])
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*sound.encode(frame), *sound.encode(None)])
+    assert "it holds no video" in error_line(path, "pyav")
+
+
 # Pixels
 
 
