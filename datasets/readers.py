@@ -162,9 +162,18 @@ def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
                 raise TooManyPixels(width, height)
             if colours not in ("CMYK", "YCCK"):  # libjpeg converts these to RGB differently than Pillow
                 return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3))
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("it is no image that Pillow knows") from None
+    with image:
         if image.width * image.height > MOST_PIXELS:
             raise TooManyPixels(image.width, image.height)
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+            levels = np.asarray(image).astype(np.uint32)
+            return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its mode is {image.mode!r}, which states no range of levels; save it with 8 or 16 bits")
         return np.array(image.convert("RGB"))
 
 
@@ -172,8 +181,8 @@ class VideoFileReader:
     """Reads videos that are stored as video files. Index i is the i-th frame in the order of presentation.
 
     `decoder` is "pyav", "decord" or "auto". With "auto", PyAV reads all files except those that it would decode twice,
-    which decord reads, or PyAV if decord cannot. MPEG streams always go to PyAV, because decord refuses them. The library is imported when a
-    video is opened, in the loader's worker.
+    which decord reads, or PyAV if decord cannot. MPEG streams always go to PyAV, because decord refuses them. The
+    library is imported when a video is opened, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):

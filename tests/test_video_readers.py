@@ -1,6 +1,7 @@
 """Video files: in every kind of file, a decoder returns exactly the frames of the given indices or raises."""
 
 import gc
+import io
 import json
 import os
 import struct
@@ -23,7 +24,7 @@ from datasets import decoders
 from datasets.annotations import VideoRecord
 from datasets.bitstreams import Picture
 from datasets.decoders import PyAVDecoder, presentation, read_packet_table
-from datasets.readers import VideoFileReader
+from datasets.readers import FrameBuffers, VideoFileReader, decode_image
 from tools.extract_frames import upright_frames
 from utils.errors import ConfigError, DataError
 
@@ -506,6 +507,21 @@ def scene(frames, width=WIDTH, height=HEIGHT):
     noise = rng.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
     wide = Image.fromarray(noise).resize((width + frames, height + frames), Image.BICUBIC)
     return [np.asarray(wide.crop((i, i, i + width, i + height))) for i in range(frames)]
+
+
+def test_grey_images_of_16_bits_are_scaled_and_those_without_a_range_refused():
+    def saved(levels, kind):
+        file = io.BytesIO()
+        Image.fromarray(levels).save(file, kind)
+        return file.getvalue()
+
+    levels = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
+    pixels = decode_image(saved(levels, "PNG"), FrameBuffers([]))
+    assert np.array_equal(pixels, np.array([[[0] * 3, [0] * 3, [1] * 3, [128] * 3, [255] * 3]]))
+    with pytest.raises(ValueError, match="its mode is 'F'"):
+        decode_image(saved(levels.astype(np.float32), "TIFF"), FrameBuffers([]))
+    with pytest.raises(ValueError, match="^it is no image that Pillow knows$"):
+        decode_image(b"text", FrameBuffers([]))
 
 
 def test_frames_have_the_channels_and_rows_of_the_pictures(tmp_path):
