@@ -161,7 +161,7 @@ def decode_all(path: str | Path, skip_damage: bool = False) -> Iterator[Any]:
 
 def upright_frames(path: str | Path) -> Iterator[np.ndarray]:
     """Every frame that PyAVDecoder has, in order, RGB uint8 (H, W, 3), one at a time and in bounded memory."""
-    yield from map(_Converter(), decode_all(path, stop_at_damage=True))
+    yield from map(Converter(), decode_all(path, skip_damage=True))
 
 
 @dataclass(frozen=True)
