@@ -33,6 +33,37 @@ LONGEST_SKIP = 64
 MOST_HELD = 2**28
 
 
+class FrameCountError(Exception):
+    """A file turned out to be damaged while it was read: fewer frames can be decoded than its packets promise.
+
+    num_frames: how many can be decoded. Indices below it can be read now.
+    """
+
+    def __init__(self, promised: int, num_frames: int):
+        super().__init__(f"{promised} packets hold a frame, but {num_frames} frames can be decoded")
+        self.num_frames = num_frames
+
+
+@dataclass
+class Damage:
+    """What decoding has met so far in a damaged file; false for an intact one."""
+
+    packets: int = 0  # that cannot be decoded
+    frames: int = 0  # that the decoder has filled up by guessing
+    lost: int = 0  # packets that gave no frame and no error
+
+    def __bool__(self) -> bool:
+        return bool(self.packets or self.frames or self.lost)
+
+    def __str__(self) -> str:
+        counts = (
+            (self.packets, "packets that cannot be decoded"),
+            (self.frames, "frames that are decoded in part"),
+            (self.lost, "packets without a frame"),
+        )
+        return ", ".join(f"{number} {what}" for number, what in counts if number)
+
+
 class VideoDecoder(Protocol):
     """A video file opened by a decoding library."""
 
@@ -40,11 +71,20 @@ class VideoDecoder(Protocol):
     def num_frames(self) -> int: ...
 
     @property
+    def damage(self) -> Damage:
+        """What was damaged where frames were read or counted."""
+
+    @property
     def decodes_twice(self) -> bool:
         """Whether counting and reading each decode the file, because its frames are too large to keep."""
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Return the RGB frames at ascending, distinct indices, each uint8 (H, W, 3). May be called once."""
+        """Return the RGB frames at ascending, distinct indices, each uint8 (H, W, 3). May be called once.
+
+        Raises:
+            FrameCountError: the file is damaged and has fewer frames than `num_frames` said. `read` may be called
+                again, with indices below the new number.
+        """
 
 
 class DecordDecoder:
@@ -56,6 +96,7 @@ class DecordDecoder:
     """
 
     decodes_twice = False
+    damage = Damage()  # decord raises at what it cannot decode
 
     def __init__(self, path: str):
         decord = _import("decord")
@@ -64,7 +105,8 @@ class DecordDecoder:
             raise ValueError("it may lose the first frames of an MPEG program or transport stream")
         # By default decord replaces a missing frame by a copy of another. With a fault_tol above 0 and below
         # 1 / num_frames it raises instead.
-        self._decoder = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)
+        self._open = functools.partial(decord.VideoReader, path, num_threads=1, fault_tol=1e-9)
+        self._decoder = self._open()
         times = self._decoder.get_frame_timestamp(range(len(self._decoder)))[:, 0]
         self._timed = bool((np.diff(times) > 0).all() and times[-1] >= 0)
         # decord counts the frames before the start of an edit list, but does not return them.
@@ -80,9 +122,16 @@ class DecordDecoder:
             stops = sorted({*indices, *before_keys, *range(0, last, LONGEST_SKIP)})
         wanted, frames, position = set(indices), [], 0
         for stop in stops:
-            if stop > position:
-                self._decoder.skip_frames(stop - position)
-            frame, position = self._decoder.next(), stop + 1
+            try:
+                if stop > position:
+                    self._decoder.skip_frames(stop - position)
+                frame, position = self._decoder.next(), stop + 1
+            except Exception:
+                # decord counts a last packet that holds no frame, as many avi files have.
+                if stop != self.num_frames - 1 or stop == 0:
+                    raise
+                self._decoder, self.num_frames = self._open(), stop
+                raise FrameCountError(stop + 1, stop) from None
             if stop in wanted:
                 frames.append(frame.asnumpy())
         if any(frame.shape[2:] != (3,) for frame in frames):  # decord2 3.4.0 does this for some files
@@ -95,8 +144,11 @@ class PyAVDecoder:
 
     If the packet headers describe every frame (see `read_packet_table`), only the packets that the wanted frames need
     are decoded, and the times of the decoded frames are checked. Any other file is decoded completely to count its
-    frames. The frames are kept for `read` if they fit in MOST_HELD bytes; otherwise `read` decodes the file again. A
-    packet that cannot be decoded is skipped, and decoding goes on behind it.
+    frames. The frames are kept for `read` if they fit in MOST_HELD bytes; otherwise `read` decodes the file again.
+
+    Damage ends neither. As in FFmpeg's own programs, a packet that cannot be decoded is skipped, decoding goes on
+    behind it, and what can be decoded counts. If damage is met among the packets of a clip, the whole file is decoded,
+    so that the frames do not depend on which packets were skipped.
     """
 
     def __init__(self, path: str):
@@ -104,6 +156,7 @@ class PyAVDecoder:
         self._table = read_packet_table(path)
         self.decodes_twice = self._table is None and decoded_size(path) > MOST_HELD
         self._held: list[Any] = []
+        self.damage = Damage()
 
     @functools.cached_property
     def num_frames(self) -> int:
@@ -117,51 +170,70 @@ class PyAVDecoder:
         if self._table is not None:
             if (read := self._table.read(indices)) is not None:
                 return read
-            if (decoded := sum(1 for _ in self._decode())) != self.num_frames:
-                raise ValueError(f"{self.num_frames} packets hold a frame, but {decoded} frames can be decoded")
+            promised, self._table = self.num_frames, None
+            self.decodes_twice = decoded_size(self._path) > MOST_HELD
+            del self.num_frames  # counted anew
+            if self.num_frames != promised:
+                raise FrameCountError(promised, self.num_frames)
         wanted, convert = set(indices), Converter()
-        frames = itertools.islice(self._held or self._decode(), indices[-1] + 1)
+        frames = itertools.islice(self._held or decode_all(self._path, Damage()), indices[-1] + 1)
         return [convert(frame) for index, frame in enumerate(frames) if index in wanted]
 
     def _count(self) -> int:
         if self.decodes_twice:
-            return sum(1 for _ in self._decode())
-        self._held = list(self._decode())
+            return sum(1 for _ in decode_all(self._path, self.damage))
+        self._held = list(decode_all(self._path, self.damage))
         return len(self._held)
 
-    def _decode(self) -> Iterator[Any]:
-        return decode_all(self._path, skip_damage=True)
+
+# Codecs of which each packet gives a frame. Others have packets that only prepare later frames.
+FRAME_IN_EACH_PACKET = ("h264", "hevc", "mjpeg")
 
 
-def decode_all(path: str | Path, skip_damage: bool = False) -> Iterator[Any]:
+def decode_all(path: str | Path, damage: Damage | None = None) -> Iterator[Any]:
     """Yield every frame of a video file as a PyAV frame, in the order of presentation.
 
-    Each call opens the file, because seeking back to the start is not exact in every format. The first packet that
-    cannot be decoded raises PyAV's error. With `skip_damage`, decoding goes on behind it, as in FFmpeg's own programs,
-    and a file that cannot be read further ends after the frames that the decoder still holds.
+    Each call opens the file, because seeking back to the start is not exact in every format. Without `damage`, the
+    first packet that cannot be decoded raises PyAV's error. With it, decoding goes on behind such a packet, as in
+    FFmpeg's own programs. A file that cannot be read further ends after the frames that the decoder still holds.
+    `damage` counts what was met.
     """
+    strict = damage is None
+    damage = Damage() if damage is None else damage
     av = _import("av")
     with av.open(os.path.abspath(path)) as container:  # a colon in a relative path would name a protocol
-        stream = _video_stream(container)
+        stream, packets, frames = _video_stream(container), 0, 0
+        one_each = stream.codec_context.name in FRAME_IN_EACH_PACKET
         try:
             for packet in container.demux(stream):
+                packets += packet.size > 0 and not packet.is_discard
                 try:
-                    frames = packet.decode()
+                    decoded = packet.decode()
                 except av.FFmpegError:
-                    if not skip_damage:
+                    if strict:
                         raise
+                    damage.packets += 1
                     continue
-                yield from frames
+                for frame in decoded:
+                    frames += 1
+                    damage.frames += frame.is_corrupt
+                    yield frame
         except av.FFmpegError:
-            if not skip_damage:
+            if strict:
                 raise
+            damage.packets += 1
             with contextlib.suppress(av.FFmpegError):
-                yield from stream.codec_context.decode(None)
+                for frame in stream.codec_context.decode(None):
+                    frames += 1
+                    damage.frames += frame.is_corrupt
+                    yield frame
+        if one_each:
+            damage.lost += max(0, packets - damage.packets - frames)
 
 
 def upright_frames(path: str | Path) -> Iterator[np.ndarray]:
     """Every frame that PyAVDecoder has, in order, RGB uint8 (H, W, 3), one at a time and in bounded memory."""
-    yield from map(Converter(), decode_all(path, skip_damage=True))
+    yield from map(Converter(), decode_all(path, Damage()))
 
 
 @dataclass(frozen=True)
@@ -182,7 +254,7 @@ class PacketTable:
     entries: list[int]
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray] | None:
-        """Return the frames at ascending, distinct indices; None if decoding fails or returns other times."""
+        """Return the frames at ascending, distinct indices; None if decoding meets damage or returns other times."""
         errors = _import("av").FFmpegError
         wanted = {self.packets[self.shown[index]].pts for index in indices}
         needed = self.needed(indices)
@@ -190,6 +262,8 @@ class PacketTable:
         try:
             for packet in [*(self.packets[number] for number in needed), None]:
                 for frame in self.codec.decode(packet):
+                    if frame.is_corrupt:
+                        return None
                     times.append(frame.pts)
                     if frame.pts in wanted:
                         frames.append(convert(frame))

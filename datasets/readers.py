@@ -17,8 +17,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import DECODERS, VideoDecoder, is_mpeg_stream
+from datasets.decoders import DECODERS, Damage, FrameCountError, VideoDecoder, is_mpeg_stream
 from datasets.frame_files import frame_pattern
+from datasets.video_files import missing_bytes
 from utils.errors import DataError, UserError
 
 MOST_PIXELS = 100 * 10**6  # of an image; a damaged or hostile header must not fill the memory
@@ -32,11 +33,16 @@ class OpenedVideo:
     `read(indices)` returns the frames at ascending, distinct indices, each RGB, uint8 (H, W, 3), contiguous. It may be
     called once. `close()`, or the end of a `with` block, gives the memory of these frames back to the reader, and later
     videos overwrite it. A video that is never closed keeps its frames.
+
+    A video is damaged if something in its files could not be decoded, and `read` gave what could. `damage()`, called
+    after `read`, says in one line what that was, or returns None. If damage leaves fewer frames than `num_frames`,
+    `read` raises a FrameCountError with their number, and may be called once more.
     """
 
     num_frames: int
     read: Callable[[Sequence[int]], list[np.ndarray]]
     close: Callable[[], None] = lambda: None
+    damage: Callable[[], str | None] = lambda: None
 
     def __enter__(self) -> "OpenedVideo":
         return self
@@ -98,12 +104,19 @@ class FrameFolderReader:
         """Raises DataError if frames are counted and there are none."""
         num_frames = self._count(record) if self.count_frames else record.num_frames
         assert num_frames is not None  # lists of frame folders have this column
-        buffers = FrameBuffers(self._free_blocks)
+        buffers, complaints = FrameBuffers(self._free_blocks), dict[str, str]()
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            return [self._read_frame(record, num_frames, index, buffers) for index in indices]
+            return [self._read_frame(record, num_frames, index, buffers, complaints) for index in indices]
 
-        return OpenedVideo(num_frames, read, buffers.release)
+        def damage() -> str | None:
+            if not complaints:
+                return None
+            path, complaint = next(iter(complaints.items()))
+            more = f" and {len(complaints) - 1} more frames" if len(complaints) > 1 else ""
+            return f"{path}{more}: damaged ({complaint}); listed at {record.source}"
+
+        return OpenedVideo(num_frames, read, buffers.release, damage)
 
     def _count(self, record: VideoRecord) -> int:
         folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
@@ -116,11 +129,16 @@ class FrameFolderReader:
             advice = "data.modality: video reads video files"
         raise DataError(f"{folder}: no file like {template}; listed at {record.source}; {advice}")
 
-    def _read_frame(self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers) -> np.ndarray:
+    def _read_frame(
+        self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers, complaints: dict[str, str]
+    ) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
         try:
             with open(path, "rb", opener=_open_at_once) as file:
-                return decode_image(file.read(), buffers)
+                pixels, complaint = decode_image(file.read(), buffers)
+            if complaint is not None:
+                complaints[path] = complaint
+            return pixels
         except Exception as error:  # for broken files Pillow raises many types, among them SyntaxError and struct.error
             if isinstance(error, FileNotFoundError):
                 problem = "frame missing"
@@ -146,8 +164,8 @@ class TooManyPixels(Exception):
         super().__init__(f"its header promises {width} x {height} pixels, more than {MOST_PIXELS // 10**6} megapixels")
 
 
-def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
-    """Decode an image file to RGB, uint8 (H, W, 3), with the pixels that Pillow returns.
+def decode_image(data: bytes, buffers: FrameBuffers) -> tuple[np.ndarray, str | None]:
+    """Decode an image file to RGB, uint8 (H, W, 3), with the pixels that Pillow returns; and what is damaged in it.
 
     simplejpeg decodes JPEG files, faster and with equal pixels, into memory of `buffers`. Pillow decodes other formats,
     CMYK images and the JPEG files that simplejpeg finds damaged.
@@ -155,26 +173,43 @@ def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
     Raises:
         Exception: what Pillow raises for the file.
     """
+    complaint = None
     if data.startswith(JPEG_START):
-        with contextlib.suppress(ValueError):
+        try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if height * width > MOST_PIXELS:
                 raise TooManyPixels(width, height)
             if colours not in ("CMYK", "YCCK"):  # libjpeg converts these to RGB differently than Pillow
-                return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3))
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise ValueError("it is no image that Pillow knows") from None
-    with image:
+                return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3)), None
+        except ValueError as error:
+            complaint = str(error)
+    with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise TooManyPixels(image.width, image.height)
-        if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-            levels = np.asarray(image).astype(np.uint32)
-            return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
-        if image.mode in ("I", "F"):
-            raise ValueError(f"its mode is {image.mode!r}, which states no range of levels; save it with 8 or 16 bits")
-        return np.array(image.convert("RGB"))
+        return seen_by_a_person(image), complaint
+
+
+def seen_by_a_person(image: Image.Image) -> np.ndarray:
+    """An image of any of Pillow's modes as RGB, uint8 (H, W, 3).
+
+    Levels of 16 bits are scaled to 8 bits, where Pillow's own conversion makes all above 255 white.
+
+    Raises:
+        ValueError: the image does not say what a person sees: levels without a range, or transparent pixels, whose
+            colour is that of what lies behind.
+    """
+    mode, wide = image.mode, image.mode.startswith("I;16")
+    if wide or (mode == "I" and image.format == "PNG"):  # Pillow 10 opens PNG files of 16 bits so
+        levels = np.asarray(image).astype(np.uint32)
+        return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+    if mode in ("I", "F"):
+        raise ValueError(f"its mode is {mode}, which states no range of levels; save it with 8 or 16 bits")
+    if "transparency" in image.info or mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if alpha.min(initial=255) < 255:
+            share = (alpha < 255).mean() * 100
+            raise ValueError(f"{share:.0f} % of its pixels are transparent; save it on a background, without alpha")
+    return np.array(image.convert("RGB"))
 
 
 class VideoFileReader:
@@ -209,37 +244,43 @@ class VideoFileReader:
             with _named_errors(path, record, name):
                 return decoder.read(indices)
 
+        def damage() -> str | None:
+            found = [str(decoder.damage)] if decoder.damage else []
+            if (missing := missing_bytes(path)) > 0:
+                found.append(f"the file ends {missing} bytes before the end that its header states")
+            return f"{path}: damaged ({', '.join(found)}); listed at {record.source}" if found else None
+
         with _named_errors(path, record, name):
-            return OpenedVideo(decoder.num_frames, read)
+            return OpenedVideo(decoder.num_frames, read, damage=damage)
 
 
 class _DecordOrPyAV:
-    """Reads a video with decord, and with PyAV if decord cannot open it or return the frames."""
+    """Reads a video with decord, and with PyAV if decord cannot open it or return the frames.
+
+    decord does not say which frames it has filled up by guessing, so `damage` is that which PyAV meets.
+    """
 
     decodes_twice = False
 
     def __init__(self, path: str, pyav: VideoDecoder):
         self._pyav = pyav
         self._decord: VideoDecoder | None = None
-        try:
+        # decord raises many exception types, and a ConfigError if it is not installed.
+        with contextlib.suppress(Exception):
             self._decord = DECODERS["decord"](path)
-            self.num_frames = self._decord.num_frames
-        except UserError:
-            raise
-        except Exception:  # decord raises many exception types
-            self._decord, self.num_frames = None, pyav.num_frames
+        self.num_frames = (self._decord or pyav).num_frames
+
+    @property
+    def damage(self) -> Damage:
+        return self._pyav.damage
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
         if self._decord is not None:
-            try:
+            with contextlib.suppress(Exception):
                 return self._decord.read(indices)
-            except Exception:  # decord raises many exception types
-                # decord may count frames that do not exist. The last frame takes their place.
-                last = self._pyav.num_frames - 1
-                found = [min(index, last) for index in indices]
-                distinct = list(dict.fromkeys(found))
-                frames = dict(zip(distinct, self._pyav.read(distinct), strict=True))
-                return [frames[index] for index in found]
+            promised, self._decord, self.num_frames = self.num_frames, None, self._pyav.num_frames
+            if self.num_frames != promised:
+                raise FrameCountError(promised, self.num_frames)
         return self._pyav.read(indices)
 
 
@@ -248,7 +289,7 @@ def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None
     """Turn the errors of a decoder into DataErrors that name the file and its line in the list."""
     try:
         yield
-    except UserError:
+    except (UserError, FrameCountError):
         raise
     except Exception as error:  # decoders raise many exception types
         # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
