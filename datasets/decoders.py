@@ -21,6 +21,7 @@ import numpy as np
 from dotmap import DotMap
 
 from datasets.bitstreams import Picture, h264_picture, vp9_picture
+from datasets.video_files import missing_bytes
 from utils.errors import ConfigError
 
 # Most frames that decord skips in one call. In a file with fewer frames than decord counts, `skip_frames` takes the 128
@@ -57,11 +58,19 @@ class Damage:
 
     def __str__(self) -> str:
         counts = (
-            (self.packets, "packets that cannot be decoded"),
-            (self.frames, "frames that are decoded in part"),
-            (self.lost, "packets without a frame"),
+            (self.packets, "packet", "cannot be decoded"),
+            (self.frames, "frame", "decoded in part"),
+            (self.lost, "packet", "without a frame"),
         )
-        return ", ".join(f"{number} {what}" for number, what in counts if number)
+        return ", ".join(f"{number} {noun}{'s' * (number > 1)} {what}" for number, noun, what in counts if number)
+
+
+def describe_damage(path: str | Path, damage: Damage) -> str | None:
+    """What decoding has met in a file, and what its header promises beyond its end; None for an intact file."""
+    found = [str(damage)] if damage else []
+    if (missing := missing_bytes(path)) > 0:
+        found.append(f"the file ends {missing} bytes before the end that its header states")
+    return ", ".join(found) or None
 
 
 class VideoDecoder(Protocol):
@@ -190,6 +199,15 @@ class PyAVDecoder:
 FRAME_IN_EACH_PACKET = ("h264", "hevc", "mjpeg")
 
 
+def open_container(path: str | Path, **options: Any) -> Any:
+    """Open a video file with PyAV, whatever its name is and in whatever encoding its metadata are.
+
+    FFmpeg takes what precedes a colon for a protocol, except in an absolute path. Old files have titles in other
+    encodings than UTF-8, which PyAV would raise at.
+    """
+    return _import("av").open(os.path.abspath(path), metadata_errors="replace", **options)
+
+
 def decode_all(path: str | Path, damage: Damage | None = None) -> Iterator[Any]:
     """Yield every frame of a video file as a PyAV frame, in the order of presentation.
 
@@ -201,7 +219,7 @@ def decode_all(path: str | Path, damage: Damage | None = None) -> Iterator[Any]:
     strict = damage is None
     damage = Damage() if damage is None else damage
     av = _import("av")
-    with av.open(os.path.abspath(path)) as container:  # a colon in a relative path would name a protocol
+    with open_container(path) as container:
         stream, packets, frames = _video_stream(container), 0, 0
         one_each = stream.codec_context.name in FRAME_IN_EACH_PACKET
         try:
@@ -298,7 +316,7 @@ def read_packet_table(path: str) -> PacketTable | None:
     # times faster.
     options = {"codec_whitelist": "none"}
     try:
-        with av.open(path, format=container_format, options=options) as container:
+        with open_container(path, format=container_format, options=options) as container:
             stream = _video_stream(container)
             codec = stream.codec_context
             codec.options = {"strict": "1"}  # FFmpeg otherwise guesses the reordering of streams that do not state it
@@ -367,7 +385,7 @@ def _header_parser(codec: str, extradata: bytes) -> Callable[[memoryview], Pictu
 def decoded_size(path: str) -> int:
     """Estimate the bytes of all decoded frames of a file: one frame per packet, 12 bits per pixel."""
     av = _import("av")
-    with av.open(path) as container, contextlib.suppress(av.FFmpegError):
+    with open_container(path) as container, contextlib.suppress(av.FFmpegError):
         stream, packets = _video_stream(container), 0
         for packets, _ in enumerate(container.demux(stream), 1):  # noqa: B007
             pass

@@ -17,9 +17,8 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import DECODERS, Damage, FrameCountError, VideoDecoder, is_mpeg_stream
+from datasets.decoders import DECODERS, Damage, FrameCountError, VideoDecoder, describe_damage, is_mpeg_stream
 from datasets.frame_files import frame_pattern
-from datasets.video_files import missing_bytes
 from utils.errors import DataError, UserError
 
 MOST_PIXELS = 100 * 10**6  # of an image; a damaged or hostile header must not fill the memory
@@ -233,7 +232,7 @@ class VideoFileReader:
                 "check the data root, and that lines read 'path label'"
             )
         name = "pyav" if self.decoder == "auto" else self.decoder
-        # FFmpeg takes what precedes a colon for a protocol, except in an absolute path.
+        # decord, too, takes what precedes a colon for a protocol, except in an absolute path.
         absolute = os.path.abspath(path)
         with _named_errors(path, record, name):
             decoder = DECODERS[name](absolute)
@@ -245,10 +244,8 @@ class VideoFileReader:
                 return decoder.read(indices)
 
         def damage() -> str | None:
-            found = [str(decoder.damage)] if decoder.damage else []
-            if (missing := missing_bytes(path)) > 0:
-                found.append(f"the file ends {missing} bytes before the end that its header states")
-            return f"{path}: damaged ({', '.join(found)}); listed at {record.source}" if found else None
+            found = describe_damage(path, decoder.damage)
+            return f"{path}: damaged ({found}); listed at {record.source}" if found else None
 
         with _named_errors(path, record, name):
             return OpenedVideo(decoder.num_frames, read, damage=damage)

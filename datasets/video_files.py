@@ -12,7 +12,7 @@ VIDEO_SUFFIXES = (
 MOST_BOXES = 10_000  # that are looked at; a fragmented file has two for each fragment
 
 
-def missing_bytes(path: str) -> int:
+def missing_bytes(path: str | os.PathLike[str]) -> int:
     """Return how many bytes of a file are missing at its end, as its header states its length.
 
     0 for a whole file, and for formats and headers that state no length: mp4 and mov state the length of each box, avi

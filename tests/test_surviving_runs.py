@@ -506,8 +506,8 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     whole = score_run(*arguments, tmp_path / "whole.npz", *views)
     add, seen = PartialScores.add, []
 
-    def interrupted(self, indices, scores):
-        add(self, indices, scores)
+    def interrupted(self, indices, scores, damaged):
+        add(self, indices, scores, damaged)
         seen.extend(indices)
         if len(seen) == stopped_after:
             raise Killed
@@ -520,12 +520,21 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     with pytest.raises(UserError, match=r"holds scores of another test \(different: test_crops\); remove it"):
         score_run(*arguments, tmp_path / "s.npz", "--test_crops", "5", "test.view_batch=3")
     monkeypatch.setattr(
-        PartialScores, "add", lambda self, indices, scores: (seen.extend(indices), add(self, indices, scores))
+        PartialScores,
+        "add",
+        lambda self, indices, scores, damaged: (seen.extend(indices), add(self, indices, scores, damaged)),
     )
     resumed = score_run(*arguments, tmp_path / "s.npz", *views)
     assert sorted(seen) == list(range(7))  # each video once
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole.files)
     assert not list(tmp_path.glob("s.npz.partial-*"))
+
+
+def test_a_test_that_goes_on_knows_the_damaged_videos_of_before(tmp_path):
+    partial = PartialScores(tmp_path / "s.npz", {"crops": 3})
+    partial.add([4, 2], np.zeros((2, 5), np.float32), {2: "b.mp4: damaged"})
+    partial.write()
+    assert PartialScores(tmp_path / "s.npz", {"crops": 3}).damaged == {2: "b.mp4: damaged"}
 
 
 @pytest.mark.parametrize("place", ["a folder", "below a file"])
