@@ -18,6 +18,7 @@ from datasets.sampling import sample_test
 from engine.configuration import resolve_config
 from engine.loops import view_outputs, view_scores
 from inference.inputs import PathReader, given_videos
+from inference.stream import Source, WindowStream
 from modules.checkpoint import read_checkpoint
 from modules.side4video import Side4Video
 from modules.tower_files import load_whole_model
@@ -159,6 +160,14 @@ class Recognizer:
         if features is None:
             raise DataError(str(error))
         return features.cpu().numpy()
+
+    def stream(self, source: Source, window: float, stride: float | None = None, **options: Any) -> WindowStream:
+        """An iterator over windows (start, end, scores) of a long video, a live stream or frames.
+
+        Each frame goes through the tower once, however many windows it belongs to. Arguments, options and errors are
+        those of `inference.stream.WindowStream`.
+        """
+        return WindowStream(self.model, self.precision, self.config, source, window, stride, **options)
 
     def clip_features(self, clips: Tensor) -> Tensor:
         """Normalised clips (B, T, 3, H, W) -> what the head reads of each, (B, S)."""
