@@ -19,6 +19,7 @@ from datasets.transforms import EvalTransform, normalize_clips
 from inference import Recognizer
 from inference.stream import StreamError, Timeline, Window, WindowScorer, on_grid
 from tools import predict as predict_program
+from tools.motion_demo import render_video
 from utils.errors import ConfigError, DataError
 
 SIZE, FRAMES = 64, 4
@@ -285,3 +286,26 @@ def test_a_source_that_breaks_keeps_the_windows_before_and_ends_with_its_error(r
         predict_program.main([str(tmp_path / "stream.pt"), "no.mp4", "--window", "1", "--json", str(tmp_path / "o")])
     (row,) = map(json.loads, (tmp_path / "o").read_text().splitlines())
     assert row["windows"] == 0 and "no such file" in row["error"] and row["segments"] == []
+
+
+def test_a_time_line_of_five_motions_finds_at_least_four(trained_demo, tmp_path):
+    """Motions after each other, as in an untrimmed video: each right segment is off by less than a window."""
+    checkpoint, _ = trained_demo
+    recognizer = Recognizer.load(checkpoint)
+    labels, length, rate = (0, 3, 8, 1, 9), 40, 25
+    videos = [render_video(label, np.random.default_rng(label), 32, length) for label in labels]
+    write_file(tmp_path / "long.mkv", np.concatenate(videos), [n / rate for n in range(length * len(labels))])
+    window, stride = 8 * recognizer.config.data.num_segments / 6 / rate, None
+    stream = recognizer.stream(tmp_path / "long.mkv", window, stride)
+    timeline = Timeline(stream.stride)
+    for found in stream:
+        timeline.add(found)
+    segments = timeline.segments()
+    right = 0
+    for place, label in enumerate(labels):
+        start, end = place * length / rate, (place + 1) * length / rate
+        right += any(
+            s.label == label and abs(s.start - start) <= window and abs(s.end - end) <= window for s in segments
+        )
+    assert right >= 4, [(s.start, s.end, recognizer.class_names[s.label]) for s in segments]
+    assert all(a.end == b.start for a, b in itertools.pairwise(segments))
