@@ -71,7 +71,7 @@ def find_tower(tower: FrozenTower, config: DotMap, checkpoint: dict[str, Any], s
     raise CheckpointError(
         f"{source}: needs the tower that it was trained beside, {checkpoint['tower_file']} (SHA-256 of its tensors "
         f"{checkpoint[HASHES[0]][:12]}); found {', '.join(tried) or 'no file that can be it'}; put the file into "
-        f"{PRETRAINED_DIR}/ (python tools/download_weights.py --list), or name it with weights"
+        f"{PRETRAINED_DIR}/ (python tools/download_weights.py --list), or name it with network.weights"
     )
 
 
