@@ -116,14 +116,14 @@ def _only(prefixes: list[str], source: str) -> str:
     known = [prefix for prefix in prefixes if prefix in ("", "visual.", "vision_model.", "visual.trunk.")]
     if len(prefixes) == 1 or len(known) == 1:
         return (known if known else prefixes)[0]
-    raise CheckpointError(
-        f"{source}: holds {len(prefixes)} image towers ({', '.join(prefixes)}); save one of them alone"
-    )
+    names = ", ".join(prefix or "no prefix" for prefix in prefixes)
+    raise CheckpointError(f"{source}: holds {len(prefixes)} image towers ({names}); save one of them alone")
 
 
 def _from_hugging_face(tower: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of a CLIPVisionModel to OpenAI's names. Unknown names stay, so that they are refused later."""
-    renamed, attention = {}, {}
+    renamed: dict[str, Tensor] = {}
+    attention: dict[str, dict[str, Tensor]] = {}  # name of the joint layer -> its three parts
     for name, tensor in tower.items():
         if name == NOT_WEIGHTS:
             continue

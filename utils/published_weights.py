@@ -10,6 +10,7 @@ from typing import NamedTuple
 OPENAI = "OpenAI (CLIP)"
 BAAI = "BAAI (EVA-CLIP)"
 OPENAI_ADDRESS = "https://openaipublic.azureedge.net/clip/models"  # then /SHA-256/name
+HUB_ADDRESS = "https://huggingface.co"
 EVA_REPOSITORY = "QuanSun/EVA-CLIP"  # of the Hugging Face Hub
 CHUNK = 1 << 20
 
