@@ -126,7 +126,7 @@ def test(
     if changes and not accept_changes:
         raise ConfigError(
             f"{weights}: {'; '.join(change_lines(changes))}: the weights would get what they were not trained with; "
-            "take the checkpoint's values, which it has without --config too, or add --accept_changes"
+            "leave these keys at the checkpoint's values, or add --accept_changes"
         )
     device = init_distributed(config.solver.timeout_minutes)
     setup_logging()

@@ -79,7 +79,7 @@ def config_of_checkpoint(
         kind = "a released checkpoint" if is_released(checkpoint) else "it"
         beside = Path(source).parent / "config.yaml"
         found = f", such as {beside}" if beside.is_file() else ""
-        raise ConfigError(f"{source}: {kind} holds no configuration; name its YAML file by config{found}")
+        raise ConfigError(f"{source}: {kind} holds no configuration; name its YAML file by config (--config){found}")
     plain = copy.deepcopy(checkpoint["config"])
     plain.get("network", {})["backbone_dtype"] = "auto"
     return resolve_config(config_from_dict(plain, str(source), purpose, overrides), device)

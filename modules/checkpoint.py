@@ -35,7 +35,6 @@ import hashlib
 import json
 import logging
 import math
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from torch import Tensor
 
 from modules.checkpoint_entries import check_entries, optimizer_tensors
 from modules.hashing import TOWER_POSITIONS, hash_tensors, tower_hashes
-from modules.pretrained import explain, is_safetensors, load_strictly
+from modules.pretrained import explain, is_safetensors, load_pickled, load_strictly
 from modules.released import from_released, to_released
 from modules.side4video import Side4Video
 from modules.torchscript_archive import check_archive
@@ -205,7 +204,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             content = _read_safetensors(path)
         else:
             check_archive(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = load_pickled(path)
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {explain(path, error)}") from error
     if not isinstance(content, dict) or not (content.get("format") == FORMAT or is_released(content)):

@@ -191,10 +191,18 @@ def read_content(path: Path) -> Any:
     check_archive(path)
     if is_torchscript(path):
         return read_torchscript(path)
-    with torch.serialization.safe_globals(
-        [argparse.Namespace]
-    ):  # trainings store their arguments in it; it runs nothing
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    # Trainings store their arguments in a Namespace, which runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return load_pickled(path)
+
+
+def load_pickled(path: Path) -> Any:
+    """Read what torch.save wrote, on the CPU, without running code; tensors of a zip stay in the file until used."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    if path.suffix == ".safetensors":  # which torch would believe
+        with open(path, "rb") as file:
+            return torch.load(file, **options)
+    return torch.load(path, mmap=zipfile.is_zipfile(path), **options)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -199,7 +199,7 @@ def test_a_checkpoint_without_a_configuration_needs_one_and_is_compared_with_non
     else:
         save_checkpoint(path, checkpoint_of(model))
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ConfigError, match=rf"{form}.pt: .* no configuration; name .* config, such as .*/config.yaml$"):
+    with pytest.raises(ConfigError, match=rf"{form}.pt: .* no configuration; name .* such as .*/config.yaml$"):
         test_program.main(["--weights", str(path)])
     saved = score_run(config, path, tmp_path / "s.npz", "data.num_segments=2")
     expected = score_run(config, tmp_path / "ours.pt", tmp_path / "o.npz", "data.num_segments=2", "--accept_changes")

@@ -6,8 +6,8 @@
 
 The same command run again continues an interrupted download. The file is called `<name>.part` until its SHA-256 has
 been compared with the published one. EVA-CLIP's files come from the Hugging Face Hub; the variable HF_ENDPOINT names a
-mirror. The library huggingface_hub is not used: version 2.4.0
-starts an interrupted download anew, and the files have up to 10 GB.
+mirror. The library huggingface_hub is not used: version 2.4.0 starts an interrupted download anew, and the files have
+up to 10 GB.
 """
 
 import argparse
