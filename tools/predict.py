@@ -113,7 +113,7 @@ def check_window_options(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def stream_windows(args: argparse.Namespace) -> None:
-    """Score the windows of one source; each row is written at once, and the segments at the end, even of a broken one."""
+    """Score the windows of one source. Each row is written at once, and the segments at the end, whatever ended it."""
     recognizer, (path,) = load_recognizer(args), args.paths
     topk = min(args.topk, len(recognizer.class_names))
     stream = recognizer.stream(path, args.window, args.stride, reopen=args.reopen)
