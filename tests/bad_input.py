@@ -85,6 +85,7 @@ WRONG_KIND = {
     "list of float": "three",
     "int or list of int": "wide",
     "layers": "some",
+    "class weights": "even",
     "dict": "7",
 }
 
@@ -176,6 +177,11 @@ def configuration_cases() -> Iterator[Case]:
         "an input that patches do not fill": ["data.input_size=40"],
         "blocks that the tower has not": ["network.side_layers=[3]"],
         "a tower without weights of its own": ["network.init=True"],
+        "another number of weights than classes": ["solver.class_weights=[1,2,3]"],
+        "weights that are all 0": ["solver.class_weights=[0,0,0,0,0,0,0,0,0,0]"],
+        "a weight below 0": ["solver.class_weights=[1,1,1,1,1,1,1,1,1,-1]"],
+        "classes balanced twice": ["solver.class_weights=balanced", "data.balance=True"],
+        "videos that are all too short": ["data.min_frames=5"],
         "more videos of a class than there are": ["data.shot=5"],
     }
     for what, values in together.items():
