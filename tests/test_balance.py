@@ -92,9 +92,8 @@ def test_a_balanced_epoch_goes_on_in_its_middle_with_the_same_batches(make_frame
 
 def test_balanced_training_that_is_resumed_gives_the_weights_of_an_unbroken_one(config, tmp_path):
     options = ["data.balance=True", "solver.class_weights=[1,2,1,1,1,1,1,1,1,1]"]
-    train_run(config, tmp_path / "first", *options, "solver.epochs=1", "solver.lr_warmup_step=0", "solver.type=multistep",
-              "solver.lr_decay_step=9")  # fmt: skip
     more = ["solver.lr_warmup_step=0", "solver.type=multistep", "solver.lr_decay_step=9"]
+    train_run(config, tmp_path / "first", *options, *more, "solver.epochs=1")
     whole = train_run(config, tmp_path / "whole", *options, *more)
     resumed = train_run(config, tmp_path / "first", *options, *more, "resume=auto")
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])

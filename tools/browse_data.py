@@ -9,7 +9,7 @@ was drawn: labels, flips, boxes, RandAugment, erasing and mixing.
 
 Training clips are the first ones that process 0 of a training on one process gets in this epoch. They come from the
 loader and the augmentation of the training itself. On a GPU the noise of random erasing has other values. Videos of the
-validation list are taken at even distances.
+validation list are chosen by `seed`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from utils.seeding import sample_rng
 ROWS = 8  # of a sheet; a video has all of its views in one sheet
 COLUMNS = 8  # frames in a line of a row
 SMALL, LARGE = 96, 224  # smaller clips are enlarged by a whole number, larger ones are scaled down
-GAP, TEXT = 6, 15  # pixels
+GAP, TEXT = 6, 16  # pixels
 CPU = torch.device("cpu")
 YELLOW, GREY, WHITE, BLACK = (255, 210, 0), (150, 150, 150), (255, 255, 255), (0, 0, 0)
 Box = tuple[int, int, int, int]  # left, upper, right, lower
@@ -57,8 +57,8 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower
 class Row:
     """One clip of a sheet.
 
-    lines: text above it, the first one bold
-    frame: of the video, resized, uint8 (H, W, 3); None if the clip shows no frame of its own
+    lines: text above it, the first one larger
+    frame: of the video, resized, uint8 (H, W, 3)
     boxes: crops in the frame; the first is that of the clip
     clip: uint8 (T, H, W, 3)
     """
@@ -100,10 +100,8 @@ def main(argv: list[str]) -> None:
 def read(path: str, overrides: list[str], split: str | None) -> tuple[DotMap, list[str]]:
     """The resolved configuration, checked for what the splits need, and the splits to show."""
     data = load_config(path, overrides, purpose="model").data
-    if split is None:
-        splits = [part for part in ("train", "val") if data[f"{part}_list"]] or ["train"]
-    else:
-        splits = [split]
+    configured = [part for part in ("train", "val") if data[f"{part}_list"]] or ["train"]
+    splits = configured if split is None else [split]
     purpose: Purpose = "train" if "train" in splits else "test"
     return read_config(path, overrides, purpose), splits
 
@@ -126,8 +124,8 @@ def sheets(groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
 def train_title(config: DotMap, args: argparse.Namespace) -> list[str]:
     return [
         f"{config.data.dataset}: training clips of epoch {args.epoch}, as they enter the model",
-        "Left: the middle frame of the clip in the video, resized; the yellow box is the crop. Right: all frames of the "
-        "clip after augmentation. Frames and clips are numbered from 0.",
+        "Left: the middle frame of the clip in the video, resized; the yellow box is the crop. Right: all frames of "
+        "the clip after augmentation. Frames and clips are numbered from 0.",
     ]
 
 
@@ -171,26 +169,27 @@ def augmented(config: DotMap, batch: dict[str, Tensor], epoch: int, iteration: i
     seen, targets = variant(data.rand_erase, solver.mixup)
     erased = variant(data.rand_erase, False)[0] if solver.mixup else seen
     clean = variant(False, False)[0] if data.rand_erase else erased
+    first = iteration * len(seen)
     notes = []
-    for place, clip in enumerate(seen):
+    for place in range(len(seen)):
         partner = len(seen) - 1 - place
         parts = [f"erased {shown(box)}" for box in changed_boxes(clean[place], erased[place])]
-        parts += [f"after {shown(box)} of clip {{partner}} was erased" for box in changed_boxes(clean[partner], erased[partner])] if solver.mixup and not torch.equal(clip, erased[place]) else []  # fmt: skip
-        for box in changed_boxes(erased[place], clip):
-            cut = torch.equal(clip, torch.where((clip == erased[place]).all(0).all(0), clip, erased[partner]))
-            whole = torch.equal(clip, erased[partner])
-            what = (
-                f"{shown(box)} from clip {{partner}} (cutmix)"
-                if cut and not whole
-                else "mixed with clip {partner} (mixup)"
-            )
-            parts.insert(0, what)
-        first = iteration * len(seen)
-        notes.append("; ".join(parts).replace("{partner}", str(first + partner)))
+        parts += mixing(seen[place], erased[place], erased[partner], first + partner)
+        notes.append("; ".join(parts))
     mean, std = (torch.tensor(list(values)).view(-1, 1, 1) for values in (data.mean, data.std))
     pixels = ((seen * std + mean) * 255).round().clamp(0, 255).byte()
     shares = (targets - solver.smoothing / data.num_classes) / (1 - solver.smoothing)
     return pixels, shares, notes
+
+
+def mixing(seen: Tensor, own: Tensor, other: Tensor, number: int) -> list[str]:
+    """How a clip came from its own and another clip, number `number`, all (T, 3, H, W); nothing if it is its own."""
+    if not (boxes := changed_boxes(own, seen)):
+        return []
+    same = (seen == own).all(0).all(0)
+    if torch.equal(torch.where(same, own, other), seen):
+        return [f"{shown(boxes[0])} cut from clip {number} (cutmix)"]
+    return [f"blended with clip {number} (mixup)"]
 
 
 def changed_boxes(before: Tensor, after: Tensor) -> list[Box]:
@@ -263,11 +262,11 @@ def eval_title(config: DotMap, args: argparse.Namespace) -> list[str]:
 
 
 def eval_rows(config: DotMap, count: int, crops: int, clips: int) -> Iterator[list[Row]]:
-    """Yield a group of a row for each view of a video, of `count` videos at even distances in the list."""
+    """Yield a group of a row for each view of a video, of `count` videos of the list, chosen by `seed`."""
     views = {"clips": clips, "crops": crops, "unlabelled": True, "every_video": True}
     total = len(build_eval_loader(config, **views).dataset)
-    chosen = {int(number * total / min(count, total)) for number in range(min(count, total))}
-    loader = build_eval_loader(config, **views, done=set(range(total)) - chosen)
+    chosen = np.random.default_rng(config.seed).permutation(total)[:count].tolist()
+    loader = build_eval_loader(config, **views, done=set(range(total)) - set(chosen))
     dataset = loader.dataset
     assert isinstance(dataset, EvalVideoDataset)
     check_shared_memory(loader)
@@ -365,7 +364,7 @@ def draw_text(lines: list[str], width: int) -> Image.Image:
     """Lines of text, broken where they are too long; the first is larger."""
     placed, y = [], GAP + GAP
     for number, line in enumerate(lines):
-        font = ImageFont.load_default(size=TEXT if number == 0 else 0.8 * TEXT)
+        font = ImageFont.load_default(size=TEXT if number == 0 else 0.85 * TEXT)
         for part in broken(line, font, width - 2 * GAP):
             placed.append((y, part, font))
             y += TEXT + 4 if number == 0 else TEXT
