@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import browse_data, check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -280,6 +280,9 @@ def file_cases() -> Iterator[Case]:
 def tool_cases() -> Iterator[Case]:
     table: list[tuple[str, Callable[[list[str]], object], list[str], dict[str, str | bytes]]] = [
         ("check_data: a misspelt key", check_data.main, ["DIR/tiny.yaml", "data.lst=1"], {}),
+        ("browse_data: a file instead of a folder", browse_data.main, ["DIR/tiny.yaml", "DIR/tiny.yaml"], {}),
+        ("browse_data: no clips", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "--clips", "0"], {}),
+        ("browse_data: no such list", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "data.val_list=DIR/gone"], {}),
         ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
         ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),

@@ -96,7 +96,7 @@ def test_balanced_training_that_is_resumed_gives_the_weights_of_an_unbroken_one(
     train_run(config, tmp_path / "first", *options, *more, "solver.epochs=1")
     whole = train_run(config, tmp_path / "whole", *options, *more)
     resumed = train_run(config, tmp_path / "first", *options, *more, "resume=auto")
-    assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
+    assert all(torch.equal(whole["trained"][name], resumed["trained"][name]) for name in whole["trained"])
     with pytest.raises(ConfigError, match="data.balance was True and is False now"):
         train_run(config, tmp_path / "whole", *options[1:], *more, "resume=auto", "solver.epochs=3")
 

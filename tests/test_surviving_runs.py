@@ -83,7 +83,7 @@ def epoch_lines(folder):
     [
         ["data.batch_size=2"],
         ["data.batch_size=2", "data.workers=2"],
-        ["data.batch_size=1", "data.num_sample=2", "solver.grad_accumulation_steps=2"],
+        ["data.batch_size=1", "data.num_sample=2", "solver.grad_accumulation_steps=2", "data.balance=True"],
         ["data.batch_size=2", *EVERY_AUGMENTATION],
     ],
 )

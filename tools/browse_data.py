@@ -41,7 +41,7 @@ from engine.configuration import read_config
 from engine.loops import training_input
 from utils.atomic import probe, write_atomically, writing
 from utils.config import Purpose, load_config
-from utils.errors import run_program
+from utils.errors import DataError, run_program
 from utils.seeding import sample_rng
 
 ROWS = 8  # of a sheet; a video has all of its views in one sheet
@@ -86,6 +86,8 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < least:
             parser.error(f"--{name}: {getattr(args, name)} is less than {least}")
     config, splits = read(args.config, args.overrides, args.split)
+    if args.out.exists() and not args.out.is_dir():
+        raise DataError(f"{args.out}: is a file, but OUT is the folder for the PNG files; give another name")
     probe(args.out / "train.png")
     for split in splits:
         if split == "train":
