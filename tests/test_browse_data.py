@@ -1,5 +1,7 @@
 """tools/browse_data.py: its rows are the clips and views that the model gets, and its notes say what was drawn."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_without_batch_augmentation_the_rows_are_the_loaders_clips(paths):
 
 def test_the_box_the_flip_and_the_frames_in_the_notes_make_the_pixels(paths):
     """The box is cut from the frame that the notes name and resized once; the rest is a flip and grey."""
-    config = loader_config(paths, num_segments=3, resize=38)  # the frames keep their size
+    config = loader_config(paths, num_segments=3, resize=38, balance=True)  # the frames keep their size
     rows, seen = rows_of(browse_data.train_rows(config, 0, 8)), set()
     for row in rows:
         (left, upper, right, lower) = row.boxes[0]
@@ -82,6 +84,10 @@ def test_the_rows_are_what_enters_the_model_in_training(config, monkeypatch, tmp
     assert len(rows) == len(pixels) == 32
     assert all(np.array_equal(row.clip, clip) for row, clip in zip(rows, pixels, strict=True))
     notes = " ".join(row.lines[1] for row in rows)
+    for number, row in enumerate(rows):  # batches of eight clips, paired back to front
+        assert row.lines[0].startswith(f"clip {number}: ")
+        partner = number // 8 * 8 + 7 - number % 8
+        assert not re.search(r"(from|with) clip", row.lines[1]) or f" clip {partner} (" in row.lines[1]
     assert "erased" in notes and ("cutmix" in notes or "mixup" in notes)
 
 
