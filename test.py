@@ -137,6 +137,7 @@ def test(
 
     # Data first: a list without labels is refused before a large model is loaded.
     views = {"rank": get_rank(), "world_size": get_world_size(), "clips": clips, "crops": crops, "unlabelled": True}
+    views["every_video"] = True  # scores of all, whatever data.min_frames
     loader = build_eval_loader(config, **views)
     dataset = loader.dataset
     if dataset.labels[0] == UNLABELLED and not scores_only:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import browse_data, check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -86,6 +86,7 @@ WRONG_KIND = {
     "list of float": "three",
     "int or list of int": "wide",
     "layers": "some",
+    "class weights": "even",
     "dict": "7",
 }
 
@@ -177,6 +178,11 @@ def configuration_cases() -> Iterator[Case]:
         "an input that patches do not fill": ["data.input_size=40"],
         "blocks that the tower has not": ["network.side_layers=[3]"],
         "a tower without weights of its own": ["network.init=True"],
+        "another number of weights than classes": ["solver.class_weights=[1,2,3]"],
+        "weights that are all 0": ["solver.class_weights=[0,0,0,0,0,0,0,0,0,0]"],
+        "a weight below 0": ["solver.class_weights=[1,1,1,1,1,1,1,1,1,-1]"],
+        "classes balanced twice": ["solver.class_weights=balanced", "data.balance=True"],
+        "videos that are all too short": ["data.min_frames=5"],
         "more videos of a class than there are": ["data.shot=5"],
     }
     for what, values in together.items():
@@ -303,6 +309,9 @@ def file_cases() -> Iterator[Case]:
 def tool_cases() -> Iterator[Case]:
     table: list[tuple[str, Callable[[list[str]], object], list[str], dict[str, str | bytes]]] = [
         ("check_data: a misspelt key", check_data.main, ["DIR/tiny.yaml", "data.lst=1"], {}),
+        ("browse_data: a file instead of a folder", browse_data.main, ["DIR/tiny.yaml", "DIR/tiny.yaml"], {}),
+        ("browse_data: no clips", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "--clips", "0"], {}),
+        ("browse_data: no such list", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "data.val_list=DIR/gone"], {}),
         ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
         ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
