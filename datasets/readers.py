@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import DECODERS, is_mpeg_stream
+from datasets.frame_archives import Frames, open_frames
 from datasets.frame_files import frame_pattern
 from utils.errors import DataError, UserError
 
@@ -81,7 +82,7 @@ class FrameBuffers:
 
 
 class FrameFolderReader:
-    """Reads videos that are stored as one image file per frame.
+    """Reads videos that are stored as one image file per frame, in a folder `path` or packed in a file `path.zip`.
 
     Index i is the file `image_tmpl.format(i + index_base)`. The number of frames is that of the list or, with
     `count_frames`, the number of files in the folder that are named like `image_tmpl`, with any digits as the number.
@@ -101,25 +102,31 @@ class FrameFolderReader:
         buffers = FrameBuffers(self._free_blocks)
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            return [self._read_frame(record, num_frames, index, buffers) for index in indices]
+            with open_frames(os.path.join(self.root, record.path)) as frames:
+                return [self._read_frame(frames, record, num_frames, index, buffers) for index in indices]
 
         return OpenedVideo(num_frames, read, buffers.release)
 
     def _count(self, record: VideoRecord) -> int:
         folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
         pattern = frame_pattern(template)
-        files = os.listdir(folder) if os.path.isdir(folder) else []
+        with open_frames(folder) as frames:
+            files = frames.names()
         if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
         raise DataError(
             f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
         )
 
-    def _read_frame(self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers) -> np.ndarray:
-        path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
+    def _read_frame(
+        self, frames: Frames, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers
+    ) -> np.ndarray:
+        name = self.image_tmpl.format(index + self.index_base)
+        path = os.path.join(self.root, record.path, name)
         try:
-            with open(path, "rb") as file:
-                return decode_image(file.read(), buffers)
+            return decode_image(frames.read(name), buffers)
+        except UserError as error:  # of a packed file, which it names
+            raise DataError(f"{error.line}; listed at {record.source}") from error
         except Exception as error:  # for broken files Pillow raises many types, among them SyntaxError and struct.error
             if isinstance(error, FileNotFoundError):
                 problem = "frame missing"

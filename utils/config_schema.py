@@ -212,7 +212,10 @@ FIELDS = {
         _one_of("kinetics", "something"),
     ),
     "data.modality": Field(
-        "str", "RGB", "`RGB` reads folders of frames, `video` reads video files.", _one_of("RGB", "video")
+        "str",
+        "RGB",
+        "`RGB` reads folders of frames, or the zip files of `prepare_data.py pack`. `video` reads video files.",
+        _one_of("RGB", "video"),
     ),
     "data.decoder": Field(
         "str",
@@ -242,9 +245,7 @@ FIELDS = {
         "File name of a frame with a field for its number. The first number is `data.index_base`.",
         _TEMPLATE,
     ),
-    "data.index_base": Field(
-        "int", 1, "Number of the first frame file in a folder.", Rule("0 or 1", lambda base: base in (0, 1))
-    ),
+    "data.index_base": Field("int", 1, "Number of the first frame file in a folder.", _at_least(0)),
     "data.count_frames": Field(
         "bool", False, "Count the frame files in each folder and ignore the number of frames in the list."
     ),
