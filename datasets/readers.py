@@ -93,6 +93,9 @@ class FrameFolderReader:
         self.image_tmpl = image_tmpl
         self.count_frames = count_frames
         self.index_base = index_base
+        self._below, self._template = os.path.split(image_tmpl)
+        if "{" in self._below or "}" in self._below:  # the number may be in the name of a folder
+            self._below, self._template = "", image_tmpl
         self._free_blocks: list[np.ndarray] = []  # of FrameBuffers
 
     def open(self, record: VideoRecord) -> OpenedVideo:
@@ -102,27 +105,34 @@ class FrameFolderReader:
         buffers = FrameBuffers(self._free_blocks)
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            with open_frames(os.path.join(self.root, record.path)) as frames:
+            with self._frames(record) as frames:
                 return [self._read_frame(frames, record, num_frames, index, buffers) for index in indices]
 
         return OpenedVideo(num_frames, read, buffers.release)
 
+    def _frames(self, record: VideoRecord) -> Frames:
+        """Raises DataError for a packed file that is not complete."""
+        try:
+            return open_frames(os.path.join(self.root, record.path, self._below))
+        except DataError as error:
+            raise DataError(f"{error.line}; listed at {record.source}") from error
+
     def _count(self, record: VideoRecord) -> int:
-        folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
-        pattern = frame_pattern(template)
-        with open_frames(folder) as frames:
-            files = frames.names()
+        pattern = frame_pattern(self._template)
+        with self._frames(record) as frames:
+            files = frames.sizes() if os.path.exists(frames.path) else ()
         if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
         raise DataError(
-            f"{folder}: no file like {template}; listed at {record.source}; check the data root and data.image_tmpl"
+            f"{frames.path}: no file like {self._template}; listed at {record.source}; check the data root and "
+            "data.image_tmpl"
         )
 
     def _read_frame(
         self, frames: Frames, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers
     ) -> np.ndarray:
-        name = self.image_tmpl.format(index + self.index_base)
-        path = os.path.join(self.root, record.path, name)
+        name = self._template.format(index + self.index_base)
+        path = os.path.join(frames.path, name)
         try:
             return decode_image(frames.read(name), buffers)
         except UserError as error:  # of a packed file, which it names

@@ -145,8 +145,10 @@ class PathReader:
             return self._no_frames(folder)
         first, expected = numbers[0], self._index_base
         if first != expected:
-            advice = f"; set data.index_base={first}" if first in (0, 1) else ""
-            return f"its first frame has the number {first}, but data.index_base is {expected}{advice}"
+            return (
+                f"its first frame has the number {first}, but data.index_base is {expected}; set "
+                f"data.index_base={first}"
+            )
         if counted and numbers != list(range(first, first + len(numbers))):
             gap = next(number for place, number in enumerate(numbers, first) if number != place)
             return f"frames are missing or twice there before {self._image_tmpl.format(gap)}; extract them again"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import decode_all
+from datasets.frame_archives import Frames, open_frames
 from datasets.frame_files import frame_pattern
 from datasets.readers import JPEG_START, VideoFileReader
 from utils.errors import UserError
@@ -88,13 +89,35 @@ def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frame
 def frame_folder_findings(
     task: Task, image_tmpl: str, index_base: int, count_frames: bool, digest: "hashlib.blake2b"
 ) -> Iterator[Finding]:
-    """What is wrong with a folder of frames. Updates `digest` with the content of every frame."""
+    """What is wrong with a folder of frames, or a zip file of them. Updates `digest` with the content of every frame."""
     record = task.record
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
     try:
-        files = set(os.listdir(folder))
+        frames = open_frames(folder)
+    except UserError as error:
+        yield Finding.at(record, "error", "unreadable", error.line)
+        return
+    with frames:
+        yield from frame_findings(frames, record, template, index_base, count_frames, digest)
+
+
+def frame_findings(
+    frames: Frames,
+    record: VideoRecord,
+    template: str,
+    index_base: int,
+    count_frames: bool,
+    digest: "hashlib.blake2b",
+) -> Iterator[Finding]:
+    """What is wrong with opened frames."""
+    folder = frames.path
+    try:
+        files = frames.sizes().keys()
     except OSError as error:
         yield Finding.at(record, "error", "missing", f"{folder}: {error.strerror}")
+        return
+    except UserError as error:
+        yield Finding.at(record, "error", "unreadable", error.line)
         return
     pattern = frame_pattern(template)
     count = sum(pattern.fullmatch(file) is not None for file in files)
@@ -107,12 +130,9 @@ def frame_folder_findings(
     wanted = [template.format(number) for number in range(index_base, index_base + num_frames)]
     missing = [name for name in wanted if name not in files]
     listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}, {count} files"
-    if index_base == 1:
-        shifted = bool(missing) and template.format(0) in files
-    else:
-        shifted = wanted[0] in missing and template.format(num_frames) in files
-    if shifted:
-        message = f"numbered from {1 - index_base}, not from {index_base}: {missing[0]} is missing; {listed}"
+    first = min(int(match[1]) for match in map(pattern.fullmatch, files) if match)
+    if missing and first != index_base and template.format(first + num_frames - 1) in files:
+        message = f"numbered from {first}, not from {index_base}: {missing[0]} is missing; {listed}"
         yield Finding.at(record, "error", "index_base", f"{folder}: {message}; see data.index_base")
     elif missing:
         kind = "gap" if set(wanted[wanted.index(missing[0]) :]) & files else "count"
@@ -125,8 +145,7 @@ def frame_folder_findings(
     damaged: list[tuple[str, str]] = []
     for name in (name for name in wanted if name in files):
         try:
-            with open(os.path.join(folder, name), "rb") as file:
-                content = file.read()
+            content = frames.read(name)
             digest.update(content)
             size, complaint = decoded(content)
             sizes[size] += 1

@@ -1,4 +1,4 @@
-"""Extract the frames of videos, or write annotation lists from the official files of a data set.
+"""Extract or pack the frames of videos, or write annotation lists from the official files of a data set.
 
     python tools/prepare_data.py extract VIDEOS OUT [--short_side 256] [--quality 90] [--workers N]
     python tools/prepare_data.py pack FRAMES OUT [--workers N]
@@ -10,7 +10,9 @@ depth, or a list of lines `path label`. A folder of frames appears when it is co
 skips it. Videos that cannot be decoded to their end are left out and named in OUT/failures.json.
 
 `pack` writes the frame files of each folder, unchanged, to one uncompressed file OUT/<path>.zip. With the same lists
-and OUT as the root, training reads these instead of the folders. The same command run again skips complete files.
+and OUT as the root, training reads these instead of the folders. A zip file appears when it is complete and has been
+compared with the frames. The same command run again skips it, unless a frame was added, removed or changed since.
+Folders that cannot be read are left out and named in OUT/pack_failures.json.
 
 `list` writes OUT/train.txt and OUT/val.txt (for video files train_videos.txt and val_videos.txt) and OUT/classes.csv.
 SOURCE is kinetics, something-v1, something-v2, ucf101 or hmdb51, which read the official files, or `folders`, which
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Extract the frames of videos, or write annotation lists from the official files of a data set."
+        description="Extract or pack the frames of videos, or write annotation lists from the official files of a data set."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -64,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", type=Path, help="folder in which each video gets a file <path>.zip")
     _add_template(command)
     command.add_argument("--workers", type=int, default=usable_cores(), help="number of processes; 0 starts none")
-    command.set_defaults(run=lambda args: pack(args.frames, args.out, args.image_tmpl, max(0, args.workers)))
+    command.set_defaults(run=run_pack)
 
     command = commands.add_parser("list", help="write annotation lists and class names")
     sources = command.add_subparsers(required=True, metavar="SOURCE", dest="source")
@@ -114,6 +116,12 @@ def run_extract(args: argparse.Namespace) -> None:
     root, paths = named_videos(args.videos, args.root)
     settings = Extraction(str(root.resolve()), args.short_side, args.quality, args.image_tmpl)
     extract(root, paths, args.out, settings, args.workers)
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    if args.workers < 0:
+        raise UserError(f"--workers: must be 0 or more, got {args.workers}")
+    pack(args.frames, args.out, args.image_tmpl, args.workers)
 
 
 if __name__ == "__main__":
