@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from utils.errors import DataError, quoted
 COLUMNS = {"RGB": ("path", "num_frames", "label"), "video": ("path", "label")}
 UNLABELLED = -1
 LONGEST_LINE = 65536  # characters
+VIDEO_LINES = "; a list of video files ('path label') needs data.modality: video"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,14 @@ def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def split_line(source: str, line: str, modality: str) -> list[str]:
-    """Split one line into its columns, from the right. Raises DataError if there are too few."""
+    """Split one line into its columns, from the right. Raises DataError if there are too few, or a NUL character."""
     columns = COLUMNS[modality]
+    if "\0" in line:
+        raise DataError(f"{source}: the line holds a NUL character; write the list again as UTF-8 text")
     values = line.rsplit(maxsplit=len(columns) - 1)
     if len(values) != len(columns):
-        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {quoted(line)}")
+        advice = VIDEO_LINES if modality == "RGB" else ""
+        raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {quoted(line)}{advice}")
     return values
 
 
@@ -84,6 +89,8 @@ def parse_line(source: str, line: str, num_classes: int, modality: str) -> Video
     """Return the record of one line. Label -1 is accepted; other mistakes raise DataError as in `read_annotations`."""
     path, *num_frames, label = split_line(source, line, modality)
     label_name = f"{source}: label (data.num_classes is {num_classes})"
+    if num_frames and os.path.splitext(num_frames[0])[1][1:2].isalpha():  # the end of a path with spaces
+        raise DataError(f"{source}: num_frames must be an integer of at least 1, got {num_frames[0]!r}{VIDEO_LINES}")
     return VideoRecord(
         path=path,
         num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,

@@ -3,8 +3,8 @@
 `open_frames(path)` finds out which of the two exists: the folder `path`, otherwise the file `path.zip`.
 """
 
-import contextlib
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -22,6 +22,9 @@ _LOCAL = struct.Struct("<4s5H3L2H")  # the header before the content of a file; 
 _ENCRYPTED, _LARGE_16, _LARGE_32 = 1, 0xFFFF, 0xFFFFFFFF  # the last two: the true number is in the large form
 _LARGE_FIELD = 1  # number of the extra field with the true numbers of an entry
 
+_ADVICE = "pack the frames again with tools/prepare_data.py pack"
+NO_FILE = "a pipe, a socket, a device or a folder"
+
 # A longer directory is not read as a whole: a film of 100,000 frames has one of 6 MB, for a few wanted entries.
 LONGEST_DIRECTORY = 2**16  # bytes
 
@@ -37,8 +40,8 @@ class Frames(Protocol):
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raises FileNotFoundError if there is none of this name."""
 
-    def sizes(self) -> dict[str, int]:
-        """Return {name: bytes} of all files. Subfolders are left out. Raises OSError if there is no folder."""
+    def names(self) -> set[str]:
+        """Return the names of all files. Raises OSError if there is no folder."""
 
     def __enter__(self) -> "Frames": ...
 
@@ -48,14 +51,23 @@ class Frames(Protocol):
 def open_frames(path: str) -> Frames:
     """Return the frames of the folder `path`, or of the zip file `path.zip` if there is no such folder.
 
+    A `path` that is itself the name of a zip file is accepted too.
+
     Raises:
-        DataError: `path.zip` is no complete zip file.
+        DataError: the zip file cannot be opened, or is no complete zip file.
     """
+    archive = archive_of(path)
+    return FrameFolder(path) if archive is None else FrameArchive(archive)
+
+
+def archive_of(path: str) -> str | None:
+    """Return the zip file that `open_frames(path)` reads, or None: then it reads the folder `path`."""
     path = path.rstrip(os.sep) or path
-    if not os.path.isdir(path):
-        with contextlib.suppress(FileNotFoundError):
-            return FrameArchive(path + SUFFIX)
-    return FrameFolder(path)
+    if os.path.isdir(path):
+        return None
+    if os.path.exists(path + SUFFIX):
+        return path + SUFFIX
+    return path if path.lower().endswith(SUFFIX) and os.path.exists(path) else None
 
 
 class FrameFolder:
@@ -65,18 +77,25 @@ class FrameFolder:
         self.path = path
 
     def read(self, name: str) -> bytes:
-        with open(os.path.join(self.path, name), "rb") as file:
+        """Raises OSError if it is no file."""
+        with open(os.path.join(self.path, name), "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(NO_FILE)
             return file.read()
 
-    def sizes(self) -> dict[str, int]:
-        with os.scandir(self.path) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    def names(self) -> set[str]:
+        return set(os.listdir(self.path))
 
     def __enter__(self) -> "FrameFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
         pass
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: opening a pipe waits for somebody who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _Entry(NamedTuple):
@@ -105,11 +124,18 @@ class FrameArchive:
     """
 
     def __init__(self, path: str):
-        """Raises DataError if the file is no complete zip file, FileNotFoundError if there is none."""
+        """Raises DataError if the file cannot be opened, or is no complete zip file."""
         self.path = path
         self._last = 0  # place in the directory of the last name found
-        self._file = os.open(path, os.O_RDONLY)
         try:
+            self._file = _open_at_once(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            status = os.fstat(self._file)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path}: is {NO_FILE}; {_ADVICE}")
+            self._size = status.st_size
             self._count, self._length, self._start = self._find_directory()
             self._directory = self._at(self._start, self._length) if self._length <= LONGEST_DIRECTORY else None
         except BaseException:
@@ -125,8 +151,10 @@ class FrameArchive:
             raise FileNotFoundError(name)
         if entry.method != zipfile.ZIP_STORED or entry.flags & _ENCRYPTED:
             raise DataError(f"{self.path}: {name} is compressed or encrypted; {_ADVICE}")
-        # The header before the content repeats the name. Few programs write extra fields there, so it is not read first.
         begin = entry.start + _LOCAL.size + len(key)
+        if begin + entry.size > self._start:  # the contents end where the directory starts
+            raise DataError(f"{self.path}: {name} is damaged: it ends behind the end of the contents; {_ADVICE}")
+        # The header before the content repeats the name. It is not read first, as few programs write extra fields there.
         content = self._at(begin, entry.size)
         if zlib.crc32(content) != entry.checksum:
             header = self._at(entry.start, _LOCAL.size)
@@ -136,7 +164,12 @@ class FrameArchive:
                 raise DataError(f"{self.path}: {name} is damaged: its checksum is not the stated one; {_ADVICE}")
         return content
 
+    def names(self) -> set[str]:
+        """Raises DataError if the directory is damaged."""
+        return set(self.sizes())
+
     def sizes(self) -> dict[str, int]:
+        """Return {name: bytes} of all files. Raises DataError if the directory is damaged."""
         found, place, directory = {}, 0, self._whole_directory()
         while place < len(directory):
             entry = self._entry(directory, place)
@@ -152,16 +185,19 @@ class FrameArchive:
         os.close(self._file)
 
     def _at(self, place: int, length: int) -> bytes:
-        """Read `length` bytes at a place; fewer at the end of the file."""
-        block = os.pread(self._file, length, place)
-        while len(block) < length and (more := os.pread(self._file, length - len(block), place + len(block))):
-            block += more  # one call returns at most 2 GiB
+        """Read `length` bytes at a place; fewer at the end of the file. Raises DataError if the disk fails."""
+        length = max(0, min(length, self._size - place))  # a damaged number must not fill the memory
+        try:
+            block = os.pread(self._file, length, place)
+            while len(block) < length and (more := os.pread(self._file, length - len(block), place + len(block))):
+                block += more  # one call returns at most 2 GiB
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
         return block
 
     def _find_directory(self) -> tuple[int, int, int]:
         """Return the number of entries of the directory, its bytes, and its place."""
-        size = os.fstat(self._file).st_size
-        end = size - _END.size
+        end = self._size - _END.size
         if end < 0:
             raise self._incomplete()
         mark, *_, count, length, start, _ = _END.unpack(self._at(end, _END.size))
@@ -198,9 +234,7 @@ class FrameArchive:
         name = directory[end : end + name_size]
         if _LARGE_32 in (size, start):
             size, start = self._large_numbers(directory[end + name_size : end + name_size + extra_size], size, start)
-        return _Entry(
-            name, flags, method, checksum, size, start, _ENTRY.size + name_size + extra_size + comment_size
-        )
+        return _Entry(name, flags, method, checksum, size, start, _ENTRY.size + name_size + extra_size + comment_size)
 
     def _large_numbers(self, extra: bytes, size: int, start: int) -> tuple[int, int]:
         """Return the true size and start of an entry, from its extra fields."""
@@ -247,6 +281,3 @@ class FrameArchive:
                 return entry
             low, high = (middle + 1, high) if entry.name < key else (low, middle)
         return None
-
-
-_ADVICE = "pack the frames again with tools/prepare_data.py pack"

@@ -5,8 +5,11 @@ B clips (repeats and views counted), T frames of a clip, H, W pixels, V views of
 
 import itertools
 import os
+import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -37,7 +40,10 @@ class VideoLoader(DataLoader):
     dataset: VideoDataset
     unreadable: list[tuple[int, str]]
     carried: list[tuple[int, str]] = []
+    stall_seconds: float  # after so long without a batch, the workers are killed and `stalled` is True
+    stalled = False
     _arrived = 0  # batches of this iteration
+    _processes: Sequence[BaseProcess] = ()
     clip_bytes: int  # of all clips, or views, of one video
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]  # torch says: a private class
@@ -46,10 +52,45 @@ class VideoLoader(DataLoader):
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         self._arrived = 0
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        while (batch := self._next(batches)) is not None:
             self._arrived += 1
             self.unreadable += batch.pop("unreadable")
             yield batch
+
+    def _next(self, batches: Any) -> dict[str, Any] | None:
+        """The next batch, or None after the last. Ends the workers if it does not arrive in `stall_seconds`.
+
+        DataLoader's own timeout does not reach the socket through which a worker hands over the file descriptor of a
+        tensor. When the workers are dead, all waits for them end with an error.
+        """
+        if not self.num_workers:
+            return next(batches, None)
+        self._processes = batches._workers
+        timer = threading.Timer(self.stall_seconds, self._stall)
+        timer.daemon = True
+        timer.start()
+        try:
+            return next(batches, None)
+        finally:
+            timer.cancel()
+
+    def _stall(self) -> None:
+        self.stalled = True
+        for process in self._processes:
+            process.kill()
+
+    def end_workers(self) -> None:
+        """Kill the loader processes and wait for their end, at most 2 s."""
+        alive = list(self._processes)
+        end = time.monotonic() + 2
+        while alive and time.monotonic() < end:
+            # torch's signal handler raises here, in the main thread, when a worker ends that was killed.
+            with suppress(RuntimeError):
+                for process in alive:
+                    process.kill()
+                alive[0].join(0.1)
+                alive = [process for process in alive if process.is_alive()]
 
     def held_videos(self) -> list[str]:
         """Paths of the videos whose batches the workers are preparing, those of the next batch first."""
@@ -66,15 +107,20 @@ def naming_lost_workers(loader: VideoLoader) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not loader.stalled and (
+            (isinstance(error, RuntimeError) and "DataLoader" not in str(error))
+            or (isinstance(error, OSError) and not isinstance(error, ConnectionError))
+        ):
             raise
-        if "timed out" in str(error):
+        if loader.stalled or "timed out" in str(error):
             what = (
-                f"no loader process gave a batch for {loader.timeout:.0f} s; a disk that does not answer is the usual"
+                f"no loader process gave a batch for {loader.stall_seconds:.0f} s; a disk that does not answer is the "
+                "usual"
             )
         else:
             what = "a loader process was ended; not enough memory (lower data.workers or data.prefetch) is the usual"
+        loader.end_workers()  # else torch reports their end as another error, wherever this process is then
         held = loader.held_videos()
         shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
         detail = " ".join(str(error).split())
@@ -307,5 +353,6 @@ def _loader(
         worker_init_fn=leave_process_group,
         timeout=60 * config.solver.timeout_minutes if workers > 0 else 0,
     )
+    loader.stall_seconds = 60 * config.solver.timeout_minutes
     loader.clip_bytes = clips * dataset.num_segments * 3 * config.data.input_size**2
     return loader

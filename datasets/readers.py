@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import DECODERS, is_mpeg_stream
-from datasets.frame_archives import Frames, open_frames
+from datasets.frame_archives import SUFFIX, Frames, open_frames
 from datasets.frame_files import frame_pattern
 from utils.errors import DataError, UserError
 
@@ -85,7 +85,7 @@ class FrameFolderReader:
     """Reads videos that are stored as one image file per frame, in a folder `path` or packed in a file `path.zip`.
 
     Index i is the file `image_tmpl.format(i + index_base)`. The number of frames is that of the list or, with
-    `count_frames`, the number of files in the folder that are named like `image_tmpl`, with any digits as the number.
+    `count_frames`, the number of files in the folder that are named as `image_tmpl` names a number.
     """
 
     def __init__(self, root: str, image_tmpl: str, count_frames: bool = False, index_base: int = 1):
@@ -119,14 +119,15 @@ class FrameFolderReader:
 
     def _count(self, record: VideoRecord) -> int:
         pattern = frame_pattern(self._template)
-        with self._frames(record) as frames:
-            files = frames.sizes() if os.path.exists(frames.path) else ()
+        files: set[str] = set()
+        with self._frames(record) as frames, contextlib.suppress(OSError):
+            files = frames.names()
         if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
-        raise DataError(
-            f"{frames.path}: no file like {self._template}; listed at {record.source}; check the data root and "
-            "data.image_tmpl"
-        )
+        advice = "check the data root and data.image_tmpl"
+        if os.path.isfile(frames.path) and not frames.path.endswith(SUFFIX):
+            advice = "data.modality: video reads video files"
+        raise DataError(f"{frames.path}: no file like {self._template}; listed at {record.source}; {advice}")
 
     def _read_frame(
         self, frames: Frames, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers
@@ -141,6 +142,8 @@ class FrameFolderReader:
             if isinstance(error, FileNotFoundError):
                 problem = "frame missing"
                 advice = f"check the data root, data.image_tmpl, data.index_base ({self.index_base}) and num_frames"
+            elif isinstance(error, NotADirectoryError):
+                problem, advice = "not in a folder, but in a file", "data.modality: video reads video files"
             else:
                 reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
                 problem, advice = f"frame unreadable ({reason})", "extract it again"

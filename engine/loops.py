@@ -11,6 +11,7 @@ from dotmap import DotMap
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from datasets.annotations import UNLABELLED
 from datasets.batch_augment import BatchAugment
 from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
@@ -149,8 +150,9 @@ def evaluate(
     refuse_non_finite(scores, {index for index, _ in unreadable}, loader.dataset)
     if len(unreadable) == num_videos:
         raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")
+    verdict = "no scores" if loader.dataset.labels[0] == UNLABELLED else "no scores, counted wrong"
     for _, reason in unreadable:
-        log.info("no scores, counted wrong: %s", reason)
+        log.info("%s: %s", verdict, reason)
     return scores.cpu().numpy()
 
 

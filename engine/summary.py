@@ -10,7 +10,9 @@ import torch
 from dotmap import DotMap
 
 from datasets.decoders import describe_decoder
+from datasets.flips import describe_flips
 from datasets.loaders import VideoLoader
+from datasets.video_dataset import TrainVideoDataset
 from modules.side4video import Side4Video
 from utils.distributed import get_world_size
 from utils.precision import Precision
@@ -25,6 +27,8 @@ def describe_run(
     """Versions, commit, seed, model, data, batch and number of steps of a training."""
     data, solver, world = config.data, config.solver, get_world_size()
     accumulated = solver.grad_accumulation_steps
+    dataset = train_loader.dataset
+    assert isinstance(dataset, TrainVideoDataset)
     steps, batch = len(train_loader) // accumulated, data.batch_size * accumulated
     device = torch.cuda.get_device_name() if precision.device.type == "cuda" else "CPU"
     return [
@@ -34,6 +38,7 @@ def describe_run(
         f"data: {data.dataset}, protocol {data.protocol}, {len(train_loader.dataset)} training and "
         f"{len(val_loader.dataset)} validation videos, {data.num_classes} classes, {data.num_segments} frames "
         f"of {data.input_size} pixels{', dense' if data.dense else ''}",
+        describe_flips(dataset.transform.flip_labels, dataset.class_names),
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
         f"and solver.lr {solver.lr:g} is not rescaled",

@@ -1,6 +1,5 @@
 """A video with the classes that a model sees in it drawn on its frames."""
 
-import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import upright_frames
-from inference.inputs import PathReader
+from inference.inputs import PathReader, is_video_file
 from utils.atomic import write_atomically
 from utils.errors import DataError
 
@@ -76,7 +75,7 @@ def draw_classes(frame: np.ndarray, top: list[tuple[str, float]]) -> Image.Image
 
 def all_frames(record: VideoRecord, data: DotMap) -> Iterator[np.ndarray]:
     """Every frame of a video, uint8 (H, W, 3), in bounded memory."""
-    if not os.path.isdir(record.path):
+    if is_video_file(record.path):
         yield from upright_frames(record.path)
         return
     reader = PathReader(data)
@@ -87,7 +86,7 @@ def all_frames(record: VideoRecord, data: DotMap) -> Iterator[np.ndarray]:
 
 def frame_rate(path: str) -> Fraction:
     """Frames a second: the mean that a video file states, or FOLDER_RATE."""
-    if os.path.isdir(path):
+    if not is_video_file(path):
         return FOLDER_RATE
     with av.open(path) as container:
         return container.streams.best("video").average_rate or FOLDER_RATE

@@ -48,6 +48,9 @@ def test_records_can_be_sent_to_other_processes():
         ("clip 3 x", "label (data.num_classes is 4) must be an integer in 0..3, got 'x' in the line 'clip 3 x'"),
         ("clip 3 4", "label (data.num_classes is 4) must be an integer in 0..3, got '4'"),
         ("clip 3 -1", "label -1 means unlabelled, but training and validation need labels"),
+        ("clip.mp4 3", "got 'clip.mp4 3'; a list of video files ('path label') needs data.modality: video"),
+        ("my clip.mp4 3", "got 'clip.mp4'; a list of video files ('path label') needs data.modality: video"),
+        ("cl\0ip 3 1", "the line holds a NUL character"),
         ("clip 3 -2", "must be an integer in 0..3, got '-2'"),
     ],
 )
@@ -128,6 +131,7 @@ def test_class_names_come_in_label_order_whatever_the_order_of_the_file(write):
         ("id,name\n0,a\n0,b\n", ":3: ", "id 0 is there twice"),
         ("id,name\n0,a\n1,a\n", ":3: ", "unique, got 'a'"),
         ("id,name\n0,a\n1,\n", ":3: ", "unique, got ''"),
+        ("id,name\n0," + "a" * 140_000 + "\n", ":2: ", "the line is longer than"),
         ("id,name\n1,a\n", ": ", "ids must be 0..1, but 0 is missing"),
     ],
 )

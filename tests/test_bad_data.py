@@ -141,6 +141,16 @@ def test_a_list_without_labels_gets_scores_and_no_accuracy_and_needs_a_file_for_
         test_program.main(["--config", config, "--weights", str(checkpoint), override])
 
 
+def test_in_a_list_without_labels_nothing_is_counted_wrong(
+    config, checkpoint, broken_frames, motion_root, tmp_path, capsys
+):
+    override = write_labels(motion_root, tmp_path / "unlabelled.txt", [-1] * 7)
+    capsys.readouterr()
+    score(config, checkpoint, tmp_path / "s.npz", *broken_frames, "data.on_error=skip", override)
+    output = capsys.readouterr().out
+    assert "no scores: " in output and "val_00002" in output and "counted wrong" not in output
+
+
 def test_training_and_its_validation_need_labels(config, motion_root, tmp_path):
     override = write_labels(motion_root, tmp_path / "unlabelled.txt", [-1] * 7)
     for overrides in ([override], [f"data.train_list={tmp_path}/unlabelled.txt"]):

@@ -1,5 +1,6 @@
 """tools/check_data.py: a clean data set has no findings, and every fault is reported at its line."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ import yaml
 from PIL import Image
 from tiny import write_packets, write_video
 
-from datasets.annotations import read_annotations
+from datasets.annotations import VideoRecord, read_annotations
 from tools.check_data import PRINTED, main
+from tools.check_videos import Task, check_frame_folder
 from utils.errors import DataError, UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -204,6 +206,15 @@ def test_a_list_that_gives_nothing_is_an_error_and_the_other_is_read(frames, con
 # Classes
 
 
+def test_folders_of_classes_that_differ_in_case_only_are_no_finding(frames):
+    set_names(frames, "jump", "Jump", "jump_", "x")
+    for label, folder in enumerate(("jump", "Jump", "jump_")):
+        (frames.media / folder).mkdir()
+        shutil.move(frames.media / f"train {label}", frames.media / folder / "1")
+        frames.lines["train"][label] = f"{folder}/1 {FRAMES} {label}"
+    assert frames.check()[:2] == (0, [])
+
+
 def test_a_class_without_training_videos_is_an_error(frames):
     frames.lines["train"] = [line for line in frames.lines["train"] if not line.endswith("2")]
     message = frames.only_finding("train", None, "error", "class")
@@ -241,12 +252,29 @@ def test_a_name_whose_mirror_is_no_class_is_a_warning(frames):
     assert frames.check("data.flip=False")[:2] == (0, [])
 
 
+def test_classes_whose_names_suggest_a_side_without_a_partner_are_named(frames):
+    set_names(frames, "TurnLeft", "TurnRight", "spin clockwise", "spin anti-clockwise")
+    _, findings, _ = frames.check()
+    assert [(f["kind"], f["message"].split(" in a word")[0]) for f in findings] == [
+        ("flip", f"class {label}: {name!r} suggests a side") for label, name in enumerate(("TurnLeft", "TurnRight"))
+    ]
+
+
 def test_something_out_of_alphabetical_order_is_a_warning(frames):
     place = set_names(frames, "jump", "fall down", "turn left", "turn right")
     assert frames.check()[:2] == (0, [])
     status, findings, _ = frames.check("data.dataset=something-something-v2")
     assert status == 0 and [(f["kind"], f["place"]) for f in findings] == [("order", place)]
     assert "class 0 is 'jump', not 'fall down'" in findings[0]["message"]
+
+
+def test_a_configuration_for_tests_needs_no_training_videos_and_no_labels_of_flips(frames):
+    del frames.data["train_list"], frames.data["train_root"]
+    frames.data |= {"label_list": None, "protocol": "something"}  # training would need names, to flip
+    status, findings, output = frames.check()
+    assert (status, findings) == (0, []) and "config.yaml: no data.train_list: checked for test.py only\n" in output
+    frames.lines["val"][1] = f"nothing {FRAMES} 1"
+    assert frames.only_finding("val", 2, "error", "missing").endswith("nothing: No such file or directory")
 
 
 def test_something_without_names_is_an_error_unless_it_has_174_classes(frames):
@@ -353,6 +381,36 @@ def test_frames_that_nothing_refers_to_need_not_be_readable(frames):
 def test_frames_of_several_sizes(frames):
     Image.new("RGB", (30, 16)).save(frames.media / "val 2" / "img_00004.jpg")
     assert frames.only_finding("val", 3, "warning", "sizes").endswith("24x16 (3), 30x16 (1)")
+
+
+def test_a_pipe_among_the_frames_is_an_error_and_is_not_opened(frames):
+    path = frames.media / "train 7" / "img_00003.jpg"
+    path.unlink()
+    os.mkfifo(path)
+    assert "img_00003.jpg unreadable (a pipe, a socket" in frames.only_finding("train", 8, "error", "unreadable")
+
+
+def test_frames_of_another_padding_are_not_counted(frames):
+    for number in range(1, FRAMES + 1):
+        (frames.media / "val 2" / f"img_{number:04d}.jpg").write_bytes(b"junk")
+    assert frames.check("data.count_frames=True")[:2] == (0, [])
+
+
+def test_a_video_file_in_a_list_of_frames_names_the_key(frames):
+    write_video(frames.media / "a.mp4", size=VIDEO_SIZE)
+    frames.lines["train"][7] = f"a.mp4 {FRAMES} 3"
+    message = frames.only_finding("train", 8, "error", "missing")
+    assert message.endswith("a.mp4: Not a directory; data.modality: video reads video files")
+    frames.lines["train"][7] = "a.mp4 3"
+    assert frames.only_finding("train", 8, "error", "line").endswith("needs data.modality: video")
+
+
+def test_a_nul_character_is_an_error_of_its_line(frames):
+    frames.lines["train"][7] = f"train\0 7 {FRAMES} 3"
+    assert "holds a NUL character" in frames.only_finding("train", 8, "error", "line")
+    task = Task("train", str(frames.media), VideoRecord("a\0b", 8, 0, "list:1"))
+    ((finding,), _) = check_frame_folder(task, "img_{:05d}.jpg", 1, False)
+    assert finding.severity == "error" and "null" in finding.message
 
 
 # Video files
@@ -488,8 +546,13 @@ def test_many_findings_of_a_kind_are_counted_and_all_are_in_the_json_file(frames
 def test_a_test_configuration_needs_no_training_list(frames):
     for key in ("train_list", "train_root"):
         del frames.data[key]
-    status, findings, output = frames.check("solver.evaluate=True")
-    assert (status, findings) == (0, []) and "train.txt" not in output
+    for overrides in (["solver.evaluate=True"], []):
+        status, findings, output = frames.check(*overrides)
+        assert (status, findings) == (0, []) and "train.txt" not in output
+        assert "config.yaml: no data.train_list: checked for test.py only\n" in output
+    frames.data["train_root"] = str(frames.media)
+    with pytest.raises(UserError, match="data.train_list: missing, and this run needs it"):
+        main([frames.write()])
 
 
 def test_a_report_that_cannot_be_written_is_one_line(frames, tmp_path):
@@ -521,22 +584,31 @@ def test_the_program_runs_from_the_repository_root(frames):
     assert "did you mean data.num_classes?" in process.communicate()[1] and process.returncode == 1
 
 
+def bytes_read_by_children(pid: int) -> int:
+    """The largest number of bytes that a child of the process has read."""
+    read = [0]
+    with contextlib.suppress(OSError):  # it ends
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            read.append(int(Path(f"/proc/{child}/io").read_text().split()[1]))
+    return max(read)
+
+
 def test_an_interruption_is_one_line_and_writes_nothing(frames, tmp_path):
-    pipe = frames.media / "train 0" / "img_00002.jpg"  # a process that opens it blocks until a writer opens it
-    pipe.unlink()
-    os.mkfifo(pipe)
+    # 60 frames of 81 million pixels, all one file, keep a process at work for a long time.
+    large = frames.media / "train 0" / "img_00001.jpg"
+    Image.new("L", (9000, 9000)).save(large, format="png", compress_level=0)
+    for number in range(2, 61):
+        (frames.media / "train 0" / f"img_{number:05d}.jpg").unlink(missing_ok=True)
+        os.link(large, frames.media / "train 0" / f"img_{number:05d}.jpg")
+    frames.lines["train"][0] = "train 0 60 0"
     arguments = ["--workers", 2, "--json", tmp_path / "report.json", "--clean", tmp_path / "clean"]
     process = run(frames.write(), *arguments)
     deadline = time.monotonic() + 60
-    while True:
-        try:
-            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-            break
-        except OSError:  # no reader has opened it yet
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+    while bytes_read_by_children(process.pid) < 4 * large.stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    os.close(writer)
+    shutil.rmtree(frames.media / "train 0")
     assert (process.returncode, output, errors) == (1, "", "error: interrupted; nothing was written\n")
     assert not (tmp_path / "report.json").exists() and not (tmp_path / "clean").exists()

@@ -129,6 +129,7 @@ def test_the_page_leads_to_a_trained_model_and_scores(followed):
     assert saved["class_names"].tolist() == CLASSES and saved["labels"].tolist() == [0, 1, 2, 3]
     protocol = json.loads(str(saved["protocol"]))
     assert (protocol["dataset"], protocol["protocol"], protocol["resize"]) == ("mine", "kinetics", 36)
+    assert "labels swapped: 'moving left' and 'moving right'\n" in (root / "exp_onehot/mine/train.log").read_text()
     (tested,) = [output for text, output in printed if "run_test_vision.sh" in text]
     assert "4 frames x 3 crops x 2 clips on 4 videos: top-1 " in tested
 

@@ -1,6 +1,7 @@
 """What the pages say about the repository: figure, links, tree, version, workflow."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,13 @@ def test_the_workflow_runs_the_test_script_on_the_oldest_python_that_the_code_is
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     oldest = job["strategy"]["matrix"]["python"][0]
     assert f'python_version = "{oldest}"' in settings and f'target-version = "py{oldest.replace(".", "")}"' in settings
+
+
+def test_the_repository_holds_no_link():
+    """A tracked link leads to a path of the machine on which it was made."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not [line for line in tracked.stdout.splitlines() if line.startswith("120000")]
+    ignored = subprocess.run(["git", "check-ignore", ".venv"], cwd=ROOT, capture_output=True, text=True)
+    assert ignored.stdout.strip() == ".venv", "a pattern .venv/ does not ignore a link of that name"

@@ -1,12 +1,14 @@
 """Loaders: order and share of the videos, batches, replaced and missing videos, keys of the configuration."""
 
 import os
+import signal
+import time
 
 import pytest
 import torch
 from tiny import assert_equal_batches, epoch_batches, loader_config
 
-from datasets.loaders import build_eval_loader, build_train_loader
+from datasets.loaders import WorkerLostError, build_eval_loader, build_train_loader, naming_lost_workers
 from datasets.transforms import protocol_resize
 from utils.errors import ConfigError, DataError
 
@@ -304,6 +306,30 @@ def test_workers_change_no_evaluation_batch(make_frame_folders):
     plain, workers = (build_eval_loader(loader_config(paths, workers=count), clips=2, crops=3) for count in (0, 3))
     for _ in range(2):
         assert_equal_batches(list(plain), list(workers))
+
+
+@pytest.mark.parametrize("build", [build_train_loader, build_eval_loader])
+@pytest.mark.parametrize("prepared", [True, False], ids=["batch is prepared", "batch is not prepared"])
+def test_loader_processes_that_stop_end_the_run_with_the_videos_that_they_held(make_frame_folders, build, prepared):
+    """A prepared batch still needs its worker: it hands over the file descriptors of the tensors when they are read."""
+    config = loader_config(make_frame_folders([8] * 8), batch_size=1, workers=2, prefetch=1)
+    config.solver.timeout_minutes = 2 / 60
+    loader = build(config)
+    batches = iter(loader)
+    next(batches)
+    workers = list(loader._iterator._workers)
+    if prepared:
+        time.sleep(0.5)  # both have put their next batch into the queue
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerLostError) as raised, naming_lost_workers(loader):
+        for _batch in batches:
+            pass
+    message = str(raised.value)
+    raised.value.__traceback__ = None
+    assert message.startswith("no loader process gave a batch for 2 s; a disk that does not answer is the usual cause;")
+    assert "the loader processes held the videos " in message and "\n" not in message
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_dense_evaluation_follows_the_argument_or_else_the_config(make_frame_folders):

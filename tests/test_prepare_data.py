@@ -337,8 +337,9 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
     for seed in (0, 1, 3, 4):
         write_video(root / f"v{seed}.mp4", seed)
     os.mkfifo(root / "v2.mp4")
+    (root / "list.txt").write_text("".join(f"v{seed}.mp4 0\n" for seed in range(5)))  # a search would leave it out
     process = subprocess.Popen(
-        command("extract", root, out, "--workers", 2),
+        command("extract", root / "list.txt", out, "--workers", 2),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -370,14 +371,14 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, number):
 
 @pytest.fixture
 def touch(tmp_path):
-    """touch(root, **videos): an empty video file for each path: None, a folder of empty frames for path: number."""
+    """touch(root, **videos): a file of one byte for each path: None, a folder of empty frames for path: number."""
 
     def make(root, **videos):
         for path, count in videos.items():
             place = tmp_path / root / path
             if count is None:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                place.touch()
+                place.write_bytes(b"x")
                 continue
             numbers = range(1, count + 1) if isinstance(count, int) else count
             place.mkdir(parents=True)
@@ -535,17 +536,19 @@ def test_a_share_of_each_class_is_held_out_the_same_every_time(touch, tmp_path):
 
 def test_lists_of_one_folder_share_their_classes(touch, tmp_path):
     """If the lists were written one after the other, the second, which lacks a class, would number them differently."""
-    root = touch("videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None})
+    root = touch(
+        "videos", **{"a/1_000000_000010.mp4": None, "b/2_000000_000010.mp4": None, "b/3_000000_000010.mp4": None}
+    )
     header = "label,youtube_id,time_start,time_end\n"
     train = write(tmp_path / "train.csv", f"{header}a,1,0,10\nb,2,0,10\n")
-    val = write(tmp_path / "val.csv", f"{header}b,2,0,10\n")
+    val = write(tmp_path / "val.csv", f"{header}b,3,0,10\n")
     options = ["kinetics", root, tmp_path / "out", "--modality", "video"]
     make_list(*options, "--train", train)
     with pytest.raises(DataError, match="out/classes.csv: is there and does not number these 1 classes alike"):
         make_list(*options, "--val", val)
     assert not (tmp_path / "out" / "val_videos.txt").exists()
     make_list(*options, "--train", train, "--val", val)
-    assert read_lists(tmp_path / "out", "video")[0]["val"] == [("b/2_000000_000010.mp4", None, "b")]
+    assert read_lists(tmp_path / "out", "video")[0]["val"] == [("b/3_000000_000010.mp4", None, "b")]
 
 
 def test_missing_videos_stop_the_lists_unless_they_may_be_left_out(touch, tmp_path, capsys):
@@ -570,7 +573,7 @@ def test_missing_videos_stop_the_lists_unless_they_may_be_left_out(touch, tmp_pa
     ("videos", "complaint"),
     [
         ({"a/x": 3, "a/y": range(0, 3)}, "frames are numbered from 0 in a/y; from 1 in a/x; all must start"),
-        ({"a/x": range(5, 9)}, "frames are numbered from 5 in a/x; all must start at 0, or all at 1"),
+        ({"a/x": range(5, 9), "a/y": range(7, 9)}, "frames are numbered from 5 in a/x; from 7 in a/y; all must start"),
         ({"a": 3}, "frames/a: is in no class folder"),
         ({"a/x.mp4": None}, "frames: no folders of frames like img_00001.jpg in it; check --modality and"),
         ({"a /x": 2, " b/y": 2}, "' b/y': such a path cannot stand in a list"),
@@ -663,3 +666,549 @@ def test_a_validation_class_without_training_folder_is_refused(touch, tmp_path):
     root, val_root = touch("train", **{"a/7.avi": None}), touch("val", **{"a/8.avi": None, "b/9.avi": None})
     with pytest.raises(DataError, match="val/b: no such class folder in .*train"):
         make_list("folders", root, tmp_path / "out", "--modality", "video", "--val_root", val_root)
+
+
+# What a search leaves out
+
+
+def test_links_that_lead_back_are_not_entered_and_are_named(touch, tmp_path, capsys):
+    root = touch("data/k", **{"run/1.mp4": None, "eat/1.mp4": None})
+    (root / "k").symlink_to(root)
+    (root / "run" / "up").symlink_to("..")
+    (root / "eat" / "above").symlink_to(tmp_path)
+    (tmp_path / "alias").symlink_to(root)
+    for number, start in enumerate((root, tmp_path / "alias")):
+        make_list("folders", start, tmp_path / str(number), "--modality", "video")
+        lists, names = read_lists(tmp_path / str(number), "video")
+        assert names == ["eat", "run"] and [path for path, *_ in lists["train"]] == ["eat/1.mp4", "run/1.mp4"]
+        output = capsys.readouterr().out
+        assert f"{start}: left out: links to a folder that contains them (3): eat/above, k, run/up\n" in output
+
+
+def test_two_folders_that_link_to_each_other_end(touch, tmp_path):
+    root = touch("frames", **{"a/1": 2, "b/1": 3})
+    (root / "a" / "to b").symlink_to(root / "b")
+    (root / "b" / "to a").symlink_to(root / "a")
+    assert sorted(found.path for found in frame_folders(root, "img_{:05d}.jpg")) == [
+        "a/1", "a/to b/1", "b/1", "b/to a/1"
+    ]  # fmt: skip
+    with pytest.raises(
+        DataError, match="b/1 is of class 'b' here, and of class 'a' at .*, as a/to b/1; a video has one"
+    ):
+        make_list("folders", root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_all_link_to_each_other_end(touch, tmp_path, capsys):
+    """Nine folders have more than a million paths without a repetition."""
+    names = "abcdefghi"
+    store = touch("store", **{f"{name}/{name}.mp4": None for name in names})
+    for name in names:
+        for other in names:
+            if other != name:
+                (store / name / f"to {other}").symlink_to(store / other)
+    root = touch("videos", **{"x/0.mp4": None})
+    (root / "x" / "more").symlink_to(store / "a")
+    make_list("folders", root, tmp_path / "out", "--modality", "video")
+    paths = (tmp_path / "out" / "train_videos.txt").read_text().splitlines()
+    assert sorted(os.path.basename(path) for path in paths) == ["0.mp4 0", *(f"{name}.mp4 0" for name in names)]
+    output = capsys.readouterr().out
+    assert f"{root}: left out: links to a folder that another link has led to (" in output
+
+
+def test_links_to_other_places_are_followed(touch, tmp_path):
+    store = touch("store", **{"1.mp4": None, "folder/2.mp4": None})
+    root = touch("videos", **{"a/0.mp4": None})
+    (root / "a" / "1.mp4").symlink_to(store / "1.mp4")
+    (root / "b").symlink_to(store / "folder")
+    make_list("folders", root, tmp_path / "out", "--modality", "video")
+    assert [path for path, *_ in read_lists(tmp_path / "out", "video")[0]["train"]] == ["a/0.mp4", "a/1.mp4", "b/2.mp4"]
+
+
+def test_what_is_no_file_and_what_has_another_suffix_is_counted_and_named(touch, tmp_path, capsys):
+    root = touch("videos", **{"a/1.mp4": None, "a/2.MP4": None, "a/3.mxf": None, "a/4.mxf": None, "a/notes": None})
+    touch("videos", **{"b/5.mp4": None, "c/6.gif": None})
+    os.mkfifo(root / "a" / "pipe.mp4")
+    (root / "a" / "broken.mp4").symlink_to("nowhere.mp4")
+    (root / "a" / "itself.mp4").symlink_to("itself.mp4")
+    (root / "d").mkdir()
+    make_list("folders", root, tmp_path / "out", "--modality", "video")
+    assert [path for path, *_ in read_lists(tmp_path / "out", "video")[0]["train"]] == ["a/1.mp4", "a/2.MP4", "b/5.mp4"]
+    assert capsys.readouterr().out.splitlines()[:7] == [
+        f"{root}: left out: broken links (2): a/broken.mp4, a/itself.mp4",
+        f"{root}: left out: pipes, sockets or devices (1): a/pipe.mp4",
+        f"{root}: left out: files without a suffix (1): a/notes",
+        f"{root}: left out: .gif files with other names (1): c/6.gif",
+        f"{root}: left out: .mxf files with other names (2): a/3.mxf, a/4.mxf",
+        f"{root}: left out: folders that gave nothing (2): c, d",
+        f"{root}: warning: class folders without videos (2): c, d",
+    ]
+
+
+def test_frames_are_those_that_the_template_names(touch, tmp_path, capsys):
+    root = touch("frames", **{"a/1": 12, "b/1": 5, "c/1": 4})
+    for number in range(1, 13):
+        (root / "a" / "1" / f"img_{number:04d}.jpg").touch()
+    os.mkfifo(root / "b" / "1" / "img_00006.jpg")
+    for path in (root / "c" / "1").iterdir():
+        path.rename(path.with_suffix(".JPG"))
+    (root / "b" / "1" / "more").mkdir()
+    make_list("folders", root, tmp_path / "out")
+    assert (tmp_path / "out" / "train.txt").read_text() == "a/1 12 0\nb/1 5 1\n"
+    output = capsys.readouterr().out
+    assert ".jpg files with other names (12): a/1/img_0001.jpg, a/1/img_0002.jpg, a/1/img_0003.jpg, ..." in output
+    assert ".JPG files with other names (4): c/1/img_00001.JPG, " in output
+    assert "folders inside a folder of frames (1): b/1/more" in output
+    assert "class folders without videos (1): c\n" in output
+    with pytest.raises(DataError, match=r"no folders of frames like img_1.jpg in it; .*\.jpg files with other names"):
+        make_list("folders", root, tmp_path / "none", "--image_tmpl", "img_{}.jpg")
+
+
+def test_extract_names_what_it_leaves_out(videos, tmp_path, capsys):
+    (videos / "b" / "up").symlink_to(videos)
+    extract(videos, tmp_path / "out")
+    output = capsys.readouterr().out
+    assert f"{videos}: left out: links to a folder that contains them (1): b/up\n" in output
+    assert ".txt files with other names (1): notes.txt" in output and "6 videos extracted" in output
+
+
+# A list holds nothing that training or check_data refuses
+
+
+def test_an_empty_file_counts_as_missing(touch, tmp_path):
+    root = touch("videos", **{"a/1.mp4": None, "a/2.mp4": None})
+    (root / "a" / "2.mp4").write_bytes(b"")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="1 of 2 videos are not on disk or empty; --leave_out_missing lists the others"):
+        make_list("folders", root, out, "--modality", "video")
+    assert (out / "missing.txt").read_text() == f"{root}: a/2 (an empty file)\n"
+    make_list("folders", root, out, "--modality", "video", "--leave_out_missing")
+    assert (out / "train_videos.txt").read_text() == "a/1.mp4 0\n"
+
+
+def test_files_that_differ_in_their_suffix_only_are_both_listed(touch, tmp_path):
+    root = touch("videos", **{"a/001.mp4": None, "a/001.mov": None, "b/001.mp4": None})
+    make_list("folders", root, tmp_path / "out", "--modality", "video")
+    assert [path for path, *_ in read_lists(tmp_path / "out", "video")[0]["train"]] == [
+        "a/001.mov", "a/001.mp4", "b/001.mp4"
+    ]  # fmt: skip
+    table = write(tmp_path / "t.csv", "file,label\na/001.mp4,x\na/001.mov,y\n")
+    make_list("table", table, root, tmp_path / "t", "--path", "file", "--label", "label", "--modality", "video")
+    assert (tmp_path / "t" / "train_videos.txt").read_text() == "a/001.mp4 0\na/001.mov 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (b"caf\xe9", r"such a (class name|path) cannot stand in"),
+        (b"a\nb", r"such a (class name|path) cannot stand in"),
+        (b"run ", "'run' and 'run ': the names of these classes differ only in spaces; rename one"),
+        (b" ", "' ': a class needs a name of more than spaces"),
+    ],
+)
+def test_class_folders_that_a_list_cannot_name_are_one_line(touch, tmp_path, name, complaint):
+    root = touch("videos", **{"run/1.mp4": None})
+    folder = os.path.join(os.fsencode(root), name)
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"2.mp4"), "wb") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=complaint):
+        make_list("folders", root, tmp_path / "out", "--modality", "video")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_begins_like_a_text_file_is_refused(touch, tmp_path):
+    root = touch("videos", **{"\ufeffa/1.mp4": None})
+    with pytest.raises(DataError, match="such a path cannot stand in a list"):
+        make_list("folders", root, tmp_path / "out", "--modality", "video")
+
+
+HEADER = "label,youtube_id,time_start,time_end\n"
+
+
+def test_one_video_has_one_label_and_is_in_one_part(touch, tmp_path, capsys):
+    root = touch("videos", **{f"{i}_000000_000010.mp4": None for i in range(3)})
+    options = ["kinetics", root, tmp_path / "out", "--modality", "video", "--train"]
+    with pytest.raises(
+        DataError, match=r"t.csv:3: 0_.*mp4 is of class 'b' here, and of class 'a' at .*t.csv:2; a video"
+    ):
+        make_list(*options, write(tmp_path / "t.csv", f"{HEADER}a,0,0,10\nb,0,0,10\n"))
+    train = write(tmp_path / "t.csv", f"{HEADER}a,0,0,10\nb,1,0,10\na,0,0,10\n")
+    val = write(tmp_path / "v.csv", f"{HEADER}b,1,0,10\n")
+    with pytest.raises(DataError, match=r"v.csv:2: 1_.*mp4: is a training video too, at .*t.csv:3; remove one"):
+        make_list(*options, train, "--val", val)
+    assert not (tmp_path / "out").exists()
+    make_list(*options, train)
+    assert (tmp_path / "out" / "train_videos.txt").read_text() == "0_000000_000010.mp4 0\n1_000000_000010.mp4 1\n"
+    assert "1 videos are named more than once and listed once: 0_000000_000010.mp4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "val"),
+        ("Training", "Validation", "test"),
+        ("train",),
+        ("val", "train", "x"),
+        ("train_256", "val_256"),
+        ("trainset", "evaluation"),
+    ],
+)
+def test_splits_are_not_taken_for_classes(touch, tmp_path, folders):
+    root = touch("data", **{f"{name}/run/{name}.mp4": None for name in folders})
+    with pytest.raises(
+        DataError, match="data: holds the splits .*, not one folder per class; give .* as ROOT"
+    ) as caught:
+        make_list("folders", root, tmp_path / "out", "--modality", "video")
+    if len(folders) > 1:
+        train, val = sorted(folders, key=lambda name: name.lower().find("train"), reverse=True)[0], folders
+        assert f"give {root / train} as ROOT, and --val_root {root}" in str(caught.value) and val
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_may_be_called_train_beside_others_and_that_is_said(touch, tmp_path, capsys):
+    root = touch("data", **{"train/1.mp4": None, "run/2.mp4": None})
+    make_list("folders", root, tmp_path / "out", "--modality", "video")
+    assert read_lists(tmp_path / "out", "video")[1] == ["run", "train"]
+    assert f"{root}: warning: taken for classes, though named like splits: train\n" in capsys.readouterr().out
+
+
+def test_video_files_are_no_frames_and_the_error_names_the_key(touch, tmp_path):
+    root = touch("data", **{"a/1.mp4": None})
+    with pytest.raises(DataError, match=r"no folders of frames .*; video files need --modality video \(data.modality"):
+        make_list("folders", root, tmp_path / "out")
+
+
+def test_classes_without_a_training_video_are_named(touch, tmp_path, capsys):
+    root = touch("videos", **{"1.webm": None})
+    labels, train = write(tmp_path / "labels.csv", "B\nA\nC\n"), write(tmp_path / "train.csv", "1;B\n")
+    options = ["--train", train, "--labels", labels, "--modality", "video"]
+    make_list("something-v1", root, tmp_path / "out", *options)
+    assert "warning: classes without a training video (2): A, C\n" in capsys.readouterr().out
+
+
+# Test files, other forms of Kinetics
+
+
+def test_a_test_file_of_kinetics_without_labels(touch, tmp_path, capsys):
+    root = touch("videos", **{"a_000000_000010.mp4": None, "b_3_13.mp4": None, "c.mp4": None})
+    test = write(tmp_path / "test.csv", "youtube_id,time_start,time_end,split\na,0,10,test\nb,3,13,test\nc,1,11,test\n")
+    out = tmp_path / "out"
+    make_list("kinetics", root, out, "--test", test, "--modality", "video")
+    assert (out / "test_videos.txt").read_text() == "a_000000_000010.mp4 -1\nb_3_13.mp4 -1\nc.mp4 -1\n"
+    assert {path.name for path in out.iterdir()} == {"test_videos.txt"}
+    output = capsys.readouterr().out
+    assert f"val_root: {root}\n  val_list: {out}/test_videos.txt\n" in output and "3 videos without labels" in output
+    for part in ("train", "val"):
+        with pytest.raises(DataError, match="test.csv:1: the header must name label, .*, but label is missing"):
+            make_list("kinetics", root, out, f"--{part}", test, "--modality", "video")
+
+
+def test_a_test_file_beside_the_others_has_its_own_root_and_their_classes(touch, tmp_path, capsys):
+    root = touch("videos", **{"1_000000_000010.mp4": None, "2_000000_000010.mp4": None})
+    test_root = touch("tests", **{"3_000000_000010.mp4": None})
+    files = [write(tmp_path / f"{i}.csv", f"{HEADER}{label},{i},0,10\n") for i, label in ((1, "b"), (2, "b"), (3, "a"))]
+    options = [
+        value for part, file in zip(("train", "val", "test"), files, strict=True) for value in (f"--{part}", file)
+    ]
+    make_list("kinetics", root, tmp_path / "out", *options, "--test_root", test_root, "--modality", "video")
+    assert (tmp_path / "out" / "train_videos.txt").read_text() == "1_000000_000010.mp4 1\n"
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "3_000000_000010.mp4 0\n"
+    output = capsys.readouterr().out
+    assert f"val_list: {tmp_path}/out/val_videos.txt\n" in output
+    assert f"for a test: data.val_root={test_root} data.val_list={tmp_path}/out/test_videos.txt\n" in output
+
+
+def test_a_test_list_without_labels_is_not_offered_for_validation(touch, tmp_path, capsys):
+    """Training would refuse it."""
+    root = touch("videos", **{"1_000000_000010.mp4": None, "2_000000_000010.mp4": None})
+    train = write(tmp_path / "train.csv", f"{HEADER}a,1,0,10\n")
+    test = write(tmp_path / "test.csv", "youtube_id,time_start,time_end\n2,0,10\n")
+    make_list("kinetics", root, tmp_path / "out", "--train", train, "--test", test, "--modality", "video")
+    output = capsys.readouterr().out
+    assert "  val_list" not in output
+    assert f"for a test: data.val_root={root} data.val_list={tmp_path}/out/test_videos.txt\n" in output
+
+
+def test_a_subset_that_is_no_part_is_one_line(touch, tmp_path):
+    entries = {name: {"annotations": {"label": "x"}, "subset": s} for name, s in (("a", "train"), ("b", "held"))}
+    file = write(tmp_path / "k.json", json.dumps(entries))
+    with pytest.raises(DataError, match="k.json: entry b: the subset must be train, val or test, got 'held'"):
+        make_list("kinetics", touch("videos", **{"a.mp4": None}), tmp_path / "out", "--train", file)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_json_files_of_kinetics(touch, tmp_path, wrapped):
+    root = touch("videos", **{"a_000003_000013.mp4": None, "b.mp4": None, "c.mp4": None})
+    entries = {
+        "a": {"annotations": {"label": "run", "segment": [3.0, 13.0]}, "duration": 10.0, "subset": "training"},
+        "b": {"annotations": {"label": "eat", "segment": [0, 10]}, "subset": "training"},
+        "c": {"annotations": {"label": "run"}, "subset": "validate"},
+    }
+    file = write(
+        tmp_path / "k.json", json.dumps({"labels": ["eat", "run"], "database": entries} if wrapped else entries)
+    )
+    make_list("kinetics", root, tmp_path / "out", "--train", file, "--val", file, "--modality", "video")
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["eat", "run"]
+    assert lists["train"] == [("a_000003_000013.mp4", None, "run"), ("b.mp4", None, "eat")]
+    assert lists["val"] == [("c.mp4", None, "run")]
+
+
+@pytest.mark.parametrize(
+    "entry", ["3", '{"annotations": []}', '{"annotations": {"segment": [1]}}', '{"annotations": [1]}']
+)
+def test_json_files_of_another_form_are_one_line(touch, tmp_path, entry):
+    root = touch("videos", **{"a.mp4": None})
+    with pytest.raises(DataError, match="k.json: entry a: annotations with a label|k.json: entry a: a has no class"):
+        make_list("kinetics", root, tmp_path / "out", "--train", write(tmp_path / "k.json", f'{{"a": {entry}}}'))
+
+
+@pytest.mark.parametrize("time", ["inf", "-inf", "nan", "1e999", ""])
+def test_a_time_that_is_no_number_is_one_line(touch, tmp_path, time):
+    root = touch("videos", **{"a.mp4": None})
+    train = write(tmp_path / "k.csv", f"{HEADER}run,a,{time},11\n")
+    with pytest.raises(DataError, match="k.csv:2: times in seconds and 4 columns expected"):
+        make_list("kinetics", root, tmp_path / "out", "--train", train, "--modality", "video")
+
+
+def test_the_test_files_of_something_v2(touch, tmp_path):
+    root = touch("videos", **{"7.webm": None, "8.webm": None})
+    labels = write(tmp_path / "labels.json", '{"Moving something up": "1", "Holding something": "0"}')
+    test = write(tmp_path / "test.json", '[{"id": "8"}, {"id": "7"}]')
+    answers = write(tmp_path / "test-answers.csv", "7;Moving something up\n8; Holding [something] \n")
+    options = ["--labels", labels, "--modality", "video", "--test"]
+    make_list("something-v2", root, tmp_path / "1", *options, test)
+    make_list("something-v2", root, tmp_path / "2", *options, answers)
+    assert (tmp_path / "1" / "test_videos.txt").read_text() == "8.webm -1\n7.webm -1\n"
+    assert (tmp_path / "2" / "test_videos.txt").read_text() == "7.webm 1\n8.webm 0\n"
+    for out in ("1", "2"):
+        assert (tmp_path / out / "classes.csv").read_text() == "id,name\n0,Holding something\n1,Moving something up\n"
+    with pytest.raises(DataError, match="test.json: entry 1: must have an id and a template"):
+        make_list("something-v2", root, tmp_path / "3", "--labels", labels, "--train", test)
+    mixed = write(tmp_path / "mixed.json", '[{"id": "8"}, {"id": "7", "template": "Holding [something]"}]')
+    with pytest.raises(
+        DataError, match="mixed.json: entry 1: 8 has no class; in test, either every video has a class, or"
+    ):
+        make_list("something-v2", root, tmp_path / "3", *options, mixed)
+
+
+def test_a_test_file_of_something_v1_may_name_the_videos_only(touch, tmp_path):
+    root = touch("videos", **{"7.webm": None})
+    labels, test = write(tmp_path / "labels.csv", "B\nA\n"), write(tmp_path / "test.csv", "7\n")
+    make_list("something-v1", root, tmp_path / "out", "--labels", labels, "--test", test, "--modality", "video")
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "7.webm -1\n"
+
+
+# Tables
+
+ROWS = [("a/1.mp4", "run", "train"), ("b/1.mp4", "eat, drink", "Training"), ("2.mp4", "run", "dev")]
+
+
+def as_csv(delimiter):
+    quoted = '"{}"'.format
+    return "".join(f"{delimiter.join(map(quoted, row))}\n" for row in [("file", "what", "set"), *ROWS])
+
+
+ENTRIES = [dict(zip(("file", "what", "set"), row, strict=True)) for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "\ufeff" + as_csv(",")),
+        ("t.csv", as_csv(";").replace("\n", "\r\n")),
+        ("t.csv", "note,file,set,what\n" + "".join(f'"{"x" * 200_000}",{f},{s},"{w}"\n\n' for f, w, s in ROWS)),
+        ("t.tsv", "file\twhat\tset\n" + "".join("\t".join(row) + "\n" for row in ROWS)),
+        ("t.txt", as_csv("|")),
+        ("t.json", json.dumps(ENTRIES)),
+        ("t.json", json.dumps({"version": 2, "videos": ENTRIES})),
+        ("t.json", json.dumps({column: [entry[column] for entry in ENTRIES] for column in ENTRIES[0]})),
+        ("t.jsonl", "\n".join(map(json.dumps, ENTRIES))),
+    ],
+)
+def test_a_table_gives_lists(touch, tmp_path, name, text):
+    root = touch("videos", **{"a/1.mp4": None, "b/1.mp4": None, "c/2.mp4": None})
+    options = ["--path", "file", "--label", "what", "--split", "set", "--modality", "video"]
+    make_list("table", write(tmp_path / name, text), root, tmp_path / "out", *options)
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["eat, drink", "run"]
+    assert lists["train"] == [("a/1.mp4", None, "run"), ("b/1.mp4", None, "eat, drink")]
+    assert lists["val"] == [("c/2.mp4", None, "run")]
+
+
+@pytest.mark.parametrize("text", ["a/1.mp4 10\nb/1.mp4 2\n", "a/1.mp4;10\nb/1.mp4;2\n", "a/1.mp4\t10\nb/1.mp4\t2\n"])
+def test_a_table_without_a_header_has_numbered_columns_and_numbers_stay_in_order(touch, tmp_path, text, capsys):
+    root = touch("frames", **{"a/1": 3, "b/1": 4})
+    make_list("table", write(tmp_path / "t.txt", text), root, tmp_path / "out", "--path", "1", "--label", "2")
+    assert (tmp_path / "out" / "classes.csv").read_text() == "id,name\n0,2\n1,10\n"
+    assert (tmp_path / "out" / "train.txt").read_text() == "a/1 3 1\nb/1 4 0\n"
+    assert "labels do not run from 0" in capsys.readouterr().out
+
+
+def test_a_json_object_has_its_names_as_the_column_key_and_columns_may_be_nested(touch, tmp_path):
+    root = touch("videos", **{"x/v1.mp4": None, "v2.mp4": None})
+    entries = {f"v{i}": {"subset": "testing", "annotations": {"label": i}} for i in (1, 2)}
+    table = write(tmp_path / "t.json", json.dumps({"database": entries}))
+    options = ["--path", "key", "--label", "annotations.label", "--split", "subset", "--modality", "video"]
+    make_list("table", table, root, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "x/v1.mp4 0\nv2.mp4 1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "path", "label"),
+    [
+        ({"a/1.mp4": "x", "b/1.mp4": "y"}, "key", "value"),
+        ({"x": ["a/1.mp4"], "y": ["b/1.mp4"]}, "value", "key"),
+        ([["a/1.mp4", "x"], ["b/1.mp4", "y"]], "1", "2"),
+    ],
+)
+def test_json_without_names_of_columns(touch, tmp_path, content, path, label):
+    root = touch("videos", **{"a/1.mp4": None, "b/1.mp4": None})
+    table = write(tmp_path / "t.json", json.dumps(content))
+    make_list("table", table, root, tmp_path / "out", "--path", path, "--label", label, "--modality", "video")
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["x", "y"] and lists["train"] == [("a/1.mp4", None, "x"), ("b/1.mp4", None, "y")]
+
+
+def test_a_json_list_of_paths_is_a_test_list(touch, tmp_path):
+    root = touch("videos", **{"a/1.mp4": None})
+    options = ["--path", "value", "--modality", "video"]
+    make_list("table", write(tmp_path / "t.json", '["a/1.mp4"]'), root, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "a/1.mp4 -1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "file,label,set\nv0,0.0,train\nv1,10.0,train\nv2,2.0,train\nv3,,test\n"),
+        ("t.csv", "file,label,set\nv0,0,train\nv1,10,train\nv2,2,train\nv3,-1,test\n"),
+        ("t.csv", "file,label,set\nd\\v0.mp4,0,train\nv1,10,train\nv2,2,train\nd\\v3,-1,test\n"),
+        (
+            "t.json",
+            '{"file": ["v0", "v1", "v2", "v3"], "label": [0.0, 10.0, 2.0, NaN], '
+            '"set": ["train", "train", "train", "test"]}',
+        ),
+    ],
+)
+def test_tables_as_pandas_and_windows_write_them(touch, tmp_path, name, text):
+    """Whole numbers become 2.0 where a label is missing; a missing label is empty, NaN or -1; folders end with \\."""
+    root = touch("videos", **{f"d/v{i}.mp4": None for i in range(4)})
+    options = ["--path", "file", "--label", "label", "--split", "set", "--modality", "video"]
+    make_list("table", write(tmp_path / name, text), root, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "train_videos.txt").read_text() == "d/v0.mp4 0\nd/v1.mp4 2\nd/v2.mp4 1\n"
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "d/v3.mp4 -1\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--val_share", "0.5"], "--val_share: .*t.csv names no training videos; a share needs --label"),
+        (["--label", "label", "--val_root", "."], "--val_root: .*t.csv names no val videos; --split COLUMN says which"),
+        (["--label", "label", "--test_root", "."], "--test_root: .*t.csv names no test videos; --split COLUMN says"),
+    ],
+)
+def test_no_option_of_a_table_is_ignored(touch, tmp_path, options, complaint):
+    root = touch("videos", **{"a.mp4": None})
+    table = write(tmp_path / "t.csv", "id,label\na,x\n")
+    with pytest.raises(UserError, match=complaint):
+        make_list("table", table, root, tmp_path / "out", "--path", "id", "--modality", "video", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_without_labels_is_a_test_list(touch, tmp_path):
+    root = touch("videos", **{"a.mp4": None})
+    make_list(
+        "table", write(tmp_path / "t.csv", "id\na\n"), root, tmp_path / "out", "--path", "id", "--modality", "video"
+    )
+    assert (tmp_path / "out" / "test_videos.txt").read_text() == "a.mp4 -1\n"
+
+
+def test_a_share_of_a_table_is_held_out(touch, tmp_path):
+    root = touch("videos", **{f"{i}.mp4": None for i in range(20)})
+    table = write(tmp_path / "t.csv", "id,label\n" + "".join(f"{i},{i % 2}\n" for i in range(20)))
+    options = ["--path", "id", "--label", "label", "--modality", "video", "--val_share", "0.2"]
+    make_list("table", table, root, tmp_path / "out", *options)
+    lists, names = read_lists(tmp_path / "out", "video")
+    assert names == ["0", "1"] and len(lists["train"]) == 16 and len(lists["val"]) == 4
+
+
+def test_the_folder_of_a_tables_path_counts(touch, tmp_path):
+    """A name such as 1 is there in many folders, so the same name in another folder is another video."""
+    root = touch("videos", **{"b/1.mp4": None, "b/2.mp4": None})
+    table = write(tmp_path / "t.csv", "file,label\nvideos/b/2.mp4,y\na/1.mp4,x\n")
+    options = ["--path", "file", "--label", "label", "--modality", "video"]
+    with pytest.raises(DataError, match="missing.txt: names what is missing: 1 of 2"):
+        make_list("table", table, root, tmp_path / "out", *options)
+    assert (tmp_path / "out" / "missing.txt").read_text() == f"{table}:3: a/1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "t.csv: holds no rows|t.csv:1: no column"),
+        ("file,label,set\n", "t.csv: holds no rows"),
+        ("path,label,set\na,b,train\n", "t.csv:1: no column 'file'; the columns are path, label, set"),
+        ("file,label,set\na,b\n", "t.csv:2: 3 columns expected, got 2"),
+        ('file,label,set\n"a,b,train\n', "t.csv:2: 3 columns expected, got 1; is a quote not closed"),
+        ("file,label,set\n,b,train\n", "t.csv:2: file is empty"),
+        ("file,label,set\na,b,somewhere\n", "t.csv:2: set is 'somewhere', but must be one of train, training, val"),
+        ("file,label,set\na,,train\n", "t.csv:2: a has no class; in train, every video needs a class"),
+        ('[{"file": 1}]', "t.csv: entry 1: no column 'label'; the columns are file"),
+        ('[{"file": {}, "label": 1, "set": 2}]', "t.csv: entry 1: the column 'file' must hold one value, got {}"),
+        ('{"file": "a", "label": [1, 2], "set": "test"}', "t.csv: entry 1: the column 'label' must hold one value"),
+        ('{"a.mp4": 1}', "t.csv: entry 1: no column 'file'; the columns are key, value"),
+        ("file,label,set,set\na,b,train,test\n", "t.csv:1: the column 'set' is there more than once; rename one"),
+        ("file,label,set\na,-1,train\n", "t.csv:2: a has no class; in train, every video needs a class"),
+        ("file,label,set\na,r\0n,train\n", "such a class name cannot stand in classes.csv|not readable as csv"),
+        ("[3]", "t.csv: entry 1: no column .file.; the columns are value"),
+        ("[", "t.csv: is not valid JSON"),
+        ("[" * 100_000, "t.csv: is not valid JSON"),
+        ('{"file": [1, 2], "label": [1], "set": []}', "t.csv: the columns .* are of different lengths"),
+        ("{}", "t.csv: entry 1: no column 'file'|t.csv: holds no rows"),
+        ("file,label,set\na\0,b,train\n", "t.csv:2: a\0 |missing.txt|not readable as csv"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_one_line(touch, tmp_path, text, complaint):
+    root = touch("videos", **{"a.mp4": None})
+    options = ["--path", "file", "--label", "label", "--split", "set", "--modality", "video"]
+    with pytest.raises(DataError, match=complaint) as caught:
+        make_list("table", write(tmp_path / "t.csv", text), root, tmp_path / "out", *options)
+    assert "\n" not in caught.value.line
+
+
+# The end of a pipe
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_the_program_quietly_after_its_work(touch, tmp_path, unbuffered):
+    root = touch("videos", **{"a/1.mp4": None})
+    program = command("list", "folders", root, tmp_path / "out", "--modality", "video")
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(program, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "out" / "train_videos.txt").read_text() == "a/1.mp4 0\n"
+
+
+def test_an_error_is_told_though_nobody_reads_the_output(touch, tmp_path):
+    root = touch("videos", **{"a/1.mp4": None, "a/2.txt": None})
+    (root / "a" / "1.mp4").write_bytes(b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = command("list", "folders", root, tmp_path / "out", "--modality", "video")
+    done = subprocess.run(program, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "1 of 1 videos are not on disk" in done.stderr
+
+
+def test_a_program_without_an_output_ends_as_usual(touch, tmp_path):
+    root = touch("videos", **{"a/1.mp4": None})
+    for folder, status in ((root, 0), (tmp_path / "nothing", 1)):
+        program = command("list", "folders", folder, tmp_path / "out", "--modality", "video")
+        done = subprocess.run(
+            ["sh", "-c", '"$@" >&-', "sh", *program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode == status and "Traceback" not in done.stderr and done.stderr.count("\n") == status

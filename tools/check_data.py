@@ -37,10 +37,11 @@ from datasets.annotations import (
     parse_line,
     read_class_names,
 )
-from datasets.flips import flip_pairs, mirror_words
+from datasets.flips import flip_pairs, mirror_words, suggests_side
 from engine.configuration import read_config
 from tools.check_videos import Finding, Task, check_frame_folder, check_video_file, died
 from utils.atomic import write_json, write_text
+from utils.config import Purpose, load_config
 from utils.errors import ConfigError, DataError, UserError, run_program
 from utils.parallel import parallel_map, usable_cores
 
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.workers < 0:
         raise UserError(f"--workers: must be 0 or more, got {args.workers}")
-    data = read_config(args.config, args.overrides).data
+    data = read_data(args.config, args.overrides)
     lists = [AnnotationList(part, data[f"{part}_list"], data[f"{part}_root"]) for part in PARTS if data[f"{part}_list"]]
     clean = {} if args.clean is None else clean_paths(lists, args.clean)
     try:
@@ -92,9 +93,6 @@ def main(argv: list[str]) -> None:
     findings = [*general, *(finding for each in lists for finding in each.findings)]
     errors = sum(finding.severity == "error" for finding in findings)
     counts = {"errors": errors, "warnings": len(findings) - errors}
-    show(findings)
-    for each in lists:
-        print(f"{each.path}: {each.lines} lines, {len(each.bad_places)} places with errors")
     if args.json is not None:
         report = {
             "config": args.config,
@@ -104,12 +102,26 @@ def main(argv: list[str]) -> None:
             "findings": [asdict(finding) for finding in findings],
         }
         write_json(args.json, report)
+    written = [write_clean(each, clean[each.part]) for each in lists if each.part in clean]
+
+    # Printed after all files are written, so that `| head` stops nothing.
+    show(findings)
+    if not data.train_list:
+        print(f"{args.config}: no data.train_list: checked for test.py only")
     for each in lists:
-        if each.part in clean:
-            write_clean(each, clean[each.part])
+        print(f"{each.path}: {each.lines} lines, {len(each.bad_places)} places with errors")
+    for line in written:
+        print(line)
     print(f"{errors} errors, {counts['warnings']} warnings")
     if errors:
         raise DataError(f"{args.config}: its data have {errors} errors")
+
+
+def read_data(path: str, overrides: list[str]) -> DotMap:
+    """The section `data` of a configuration for training or, without training videos, for test.py."""
+    data = load_config(path, overrides, purpose="model").data
+    purpose: Purpose = "train" if data.train_list or data.train_root else "test"
+    return read_config(path, overrides, purpose).data
 
 
 def check(config_path: str, data: DotMap, lists: list[AnnotationList], workers: int) -> list[Finding]:
@@ -158,7 +170,8 @@ def flip_findings(place: str, data: DotMap, names: list[str] | None) -> Iterator
     try:
         pairs = flip_pairs(data.protocol, data.num_classes, names)
     except ConfigError as error:
-        yield Finding("error", "flip", place, error.line)
+        if data.train_list:  # a test does not flip
+            yield Finding("error", "flip", place, error.line)
         return
     if names is None:
         if pairs:
@@ -166,9 +179,12 @@ def flip_findings(place: str, data: DotMap, names: list[str] | None) -> Iterator
             yield Finding("warning", "flip", place, message)
         return
     for label, name in enumerate(names):
-        if (mirrored := mirror_words(name)) != name and label not in pairs:
+        if label in pairs or not suggests_side(name):
+            continue
+        message = f"class {label}: {name!r} suggests a side in a word that a flip does not swap, so it keeps its label"
+        if (mirrored := mirror_words(name)) != name:
             message = f"class {label}: the mirror of {name!r} is no class ({mirrored!r}), so a flip keeps its label"
-            yield Finding("warning", "flip", place, f"{message}; see data.flip")
+        yield Finding("warning", "flip", place, f"{message}; see data.flip")
     if data.protocol == "something":
         for label, (name, expected) in enumerate(zip(names, sorted(names), strict=True)):
             if name != expected:
@@ -240,8 +256,9 @@ def label_findings(each: AnnotationList, num_classes: int, names: list[str] | No
     """Videos in a folder that is named like another class, and classes without videos."""
     label_of = {folder_name(name): label for label, name in enumerate(names or ())}
     for record in each.records:
-        label = label_of.get(folder_name(record.path.split("/", 1)[0]), record.label)
-        if label != record.label != UNLABELLED:
+        folder = folder_name(record.path.split("/", 1)[0])
+        label = label_of.get(folder, record.label)
+        if label != record.label != UNLABELLED and folder != folder_name(names[record.label]):
             message = f"label {record.label} is {names[record.label]!r}, but the folder is named like label {label}"
             yield Finding.at(record, "warning", "folder", f"{record.path}: {message}")
     present = {record.label for record in each.records}
@@ -320,20 +337,18 @@ def clean_paths(lists: list[AnnotationList], folder: Path) -> dict[str, Path]:
     return paths
 
 
-def write_clean(each: AnnotationList, path: Path) -> None:
-    """Write the lines without errors, unchanged to the byte. Writes no file if there are none."""
+def write_clean(each: AnnotationList, path: Path) -> str:
+    """Write the lines without errors, unchanged to the byte. Writes no file if there are none. Returns a line."""
     if any(finding.kind == "list" and finding.severity == "error" for finding in each.findings):
-        print(f"{path}: not written, since {each.path} cannot be read")
-        return
+        return f"{path}: not written, since {each.path} cannot be read"
     bad = each.bad_places
     with open(each.path, encoding="utf-8", newline="") as file:
         kept = [line for number, line in enumerate(file, 1) if f"{each.path}:{number}" not in bad]
     videos = sum(bool(line.strip()) for line in kept)
     if not videos:
-        print(f"{path}: not written, since every line has errors")
-        return
+        return f"{path}: not written, since every line has errors"
     write_text(path, "".join(kept))
-    print(f"{path}: {videos} of {each.lines} lines kept")
+    return f"{path}: {videos} of {each.lines} lines kept"
 
 
 if __name__ == "__main__":

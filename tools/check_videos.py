@@ -89,7 +89,7 @@ def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frame
 def frame_folder_findings(
     task: Task, image_tmpl: str, index_base: int, count_frames: bool, digest: "hashlib.blake2b"
 ) -> Iterator[Finding]:
-    """What is wrong with a folder of frames, or a zip file of them. Updates `digest` with the content of every frame."""
+    """What is wrong with a folder or zip file of frames. Updates `digest` with the content of every frame."""
     record = task.record
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
     try:
@@ -112,9 +112,11 @@ def frame_findings(
     """What is wrong with opened frames."""
     folder = frames.path
     try:
-        files = frames.sizes().keys()
-    except OSError as error:
-        yield Finding.at(record, "error", "missing", f"{folder}: {error.strerror}")
+        files = frames.names()
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        advice = "; data.modality: video reads video files" if isinstance(error, NotADirectoryError) else ""
+        reason = getattr(error, "strerror", None) or error
+        yield Finding.at(record, "error", "missing", f"{folder}: {reason}{advice}")
         return
     except UserError as error:
         yield Finding.at(record, "error", "unreadable", error.line)
@@ -130,7 +132,7 @@ def frame_findings(
     wanted = [template.format(number) for number in range(index_base, index_base + num_frames)]
     missing = [name for name in wanted if name not in files]
     listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}, {count} files"
-    first = min(int(match[1]) for match in map(pattern.fullmatch, files) if match)
+    first = min(number for number in map(pattern.number, files) if number is not None)
     if missing and first != index_base and template.format(first + num_frames - 1) in files:
         message = f"numbered from {first}, not from {index_base}: {missing[0]} is missing; {listed}"
         yield Finding.at(record, "error", "index_base", f"{folder}: {message}; see data.index_base")

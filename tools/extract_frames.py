@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datasets.annotations import numbered_lines, split_line
 from datasets.decoders import decode_all
 from datasets.video_files import VIDEO_SUFFIXES
-from tools.find_videos import video_files
+from tools.find_videos import LeftOut, video_files
 from utils.atomic import write_json, writing
 from utils.errors import DataError, UserError
 from utils.parallel import parallel_map
@@ -61,7 +61,10 @@ def named_videos(videos: Path, root: Path | None) -> tuple[Path, list[str]]:
     if videos.is_dir():
         if root is not None:
             raise DataError(f"{videos}: is a folder, whose videos are all taken; --root goes with a list")
-        paths = sorted(found.path for found in video_files(videos))
+        left_out = LeftOut()
+        paths = sorted(found.path for found in video_files(videos, left_out))
+        for line in left_out.lines(videos):
+            print(line)
         if not paths:
             raise DataError(f"{videos}: no videos in it (files named {', '.join(VIDEO_SUFFIXES)})")
         return videos, paths

@@ -1,8 +1,10 @@
 """Pack the frames of each video into one zip file (the command `pack` of tools/prepare_data.py)."""
 
 import contextlib
+import errno
 import functools
 import os
+import stat
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from datasets.frame_archives import SUFFIX, FrameArchive
+from datasets.frame_archives import NO_FILE, SUFFIX, FrameArchive
 from datasets.frame_files import frame_pattern
 from tools.find_videos import frame_folders
 from utils.atomic import write_atomically, write_json, writing
@@ -60,7 +62,7 @@ def pack(frames: Path, out: Path, image_tmpl: str, workers: int) -> None:
     """
     if not frames.is_dir():
         raise DataError(f"{frames}: no such folder")
-    paths = sorted(found.path for found in frame_folders(frames, image_tmpl))
+    paths = sorted(found.path for found in frame_folders(frames, image_tmpl) if not found.packed)
     if paths == ["."]:
         raise DataError(f"{frames}: holds the frames of one video; give the folder above it, whose folders are videos")
     if not paths:
@@ -122,10 +124,17 @@ def pack_folder(job: Job, image_tmpl: str) -> Packed:
 
 
 def frame_files(folder: Path, image_tmpl: str) -> tuple[dict[str, int], float]:
-    """Return ({name: bytes} of the frames, sorted by name, and the latest time that one of them was changed)."""
+    """Return ({name: bytes} of the frames, sorted by name, and the latest time that one of them was changed).
+
+    Raises:
+        OSError: one of them is no file, or a broken link.
+    """
     pattern = frame_pattern(image_tmpl)
     with os.scandir(folder) as entries:
-        found = {e.name: e.stat() for e in entries if pattern.fullmatch(e.name) and e.is_file()}
+        found = {entry.name: entry.stat() for entry in entries if pattern.fullmatch(entry.name)}
+    for name, status in found.items():
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, NO_FILE, str(folder / name))
     sizes = {name: found[name].st_size for name in sorted(found)}
     return sizes, max((status.st_mtime for status in found.values()), default=0.0)
 

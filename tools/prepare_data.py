@@ -16,7 +16,14 @@ Folders that cannot be read are left out and named in OUT/pack_failures.json.
 
 `list` writes OUT/train.txt and OUT/val.txt (for video files train_videos.txt and val_videos.txt) and OUT/classes.csv.
 SOURCE is kinetics, something-v1, something-v2, ucf101 or hmdb51, which read the official files, or `folders`, which
-expects one folder per class. ROOT holds the videos, as files or as folders of frames, at any depth.
+expects one folder per class. ROOT holds the videos, as files or as folders of frames, at any depth. Test files, which
+may be without labels, give OUT/test.txt. What a search of ROOT leaves out is counted and named.
+
+    python tools/prepare_data.py list table FILE ROOT OUT --path COLUMN [--label COLUMN] [--split COLUMN] ...
+
+reads any csv, tsv or json file with a column of paths below ROOT. Columns are names in the header, or numbers from 1 in
+a file without a header; in json, `a.b` is a value inside an object, `key` the name of an entry, and `value` an entry
+that is no object. A label that is empty or -1 is none.
 """
 
 import argparse
@@ -28,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.extract_frames import Extraction, extract, named_videos
 from tools.pack_frames import pack
-from tools.write_lists import SOURCES, write_lists
+from tools.write_lists import SOURCES, WITH_TEST, write_lists
 from utils.config_schema import FIELDS
 from utils.errors import UserError, run_program
 from utils.parallel import usable_cores
@@ -47,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Extract or pack the frames of videos, or write annotation lists from the official files of a data set."
+        description="Extract or pack the frames of videos, or write annotation lists from the files of a data set."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -72,18 +79,30 @@ def make_parser() -> argparse.ArgumentParser:
     sources = command.add_subparsers(required=True, metavar="SOURCE", dest="source")
     for name, read in SOURCES.items():
         source = sources.add_parser(name, help=read.__doc__)
+        if name == "table":
+            source.add_argument("file", metavar="FILE", type=Path, help="csv, tsv or json file with a row per video")
         source.add_argument("root", metavar="ROOT", type=Path, help="folder of the videos")
         source.add_argument("out", metavar="OUT", type=Path, help="folder for the lists")
         source.add_argument("--val_root", type=Path, help="folder of the validation videos (default: ROOT)")
+        if name in (*WITH_TEST, "table"):
+            source.add_argument("--test_root", type=Path, help="folder of the test videos (default: ROOT)")
         if name == "hmdb51":
             source.add_argument("--splits", type=Path, required=True, help="folder of <class>_test_split1.txt ...")
             source.add_argument("--split", type=int, choices=(1, 2, 3), default=1)
-        elif name == "folders":
+        elif name in ("folders", "table"):
+            if name == "table":
+                source.add_argument("--path", metavar="COLUMN", required=True, help="column of the paths below ROOT")
+                source.add_argument("--label", metavar="COLUMN", help="column of the class names (default: no labels)")
+                source.add_argument("--split", metavar="COLUMN", help="column that says train, val or test")
             source.add_argument("--val_share", type=float, help="share of each class to hold out for validation")
             source.add_argument("--seed", type=int, default=0, help="selects the videos that are held out")
         else:
             source.add_argument("--train", type=Path, help="official file of the training videos")
             source.add_argument("--val", type=Path, help="official file of the validation videos")
+            if name in WITH_TEST:
+                source.add_argument(
+                    "--test", type=Path, help="official file of the test videos, with labels or without"
+                )
             if name != "kinetics":
                 source.add_argument("--labels", type=Path, required=True, help="official file of the class names")
         source.add_argument("--modality", choices=("RGB", "video"), default="RGB", help="folders of frames, or files")

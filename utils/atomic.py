@@ -76,8 +76,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write an indented JSON file atomically. Raises DataError if it cannot be written."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    """Write an indented JSON file atomically. Raises DataError if it cannot be written.
+
+    A byte of a file name that is not UTF-8 becomes an escape, from which `json.load` gives the same name.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text.encode(errors="backslashreplace").decode())
 
 
 @contextlib.contextmanager

@@ -284,8 +284,8 @@ FIELDS = {
     "data.flip": Field(
         "bool",
         True,
-        "Mirror half of the training clips and swap their labels where class names differ in left and right. False: no "
-        "flips.",
+        "Mirror half of the training clips and swap their labels where class names differ in left and right, or in "
+        "clockwise and counterclockwise. False: no flips.",
     ),
     "data.mean": Field(
         "list of float",

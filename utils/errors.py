@@ -1,13 +1,17 @@
 """Errors in what the user gave. Each ends the program with one line: the file, line or key, and the remedy."""
 
+import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from utils.launch import ERRORS
 from utils.signals import Stopped, StopSignals
+
+CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 
 class UserError(Exception):
@@ -46,16 +50,26 @@ def quoted(value: object) -> str:
 def run_program(main: Callable[[list[str]], object]) -> None:
     """Run `main(argv)`. A UserError becomes one line on stderr and exit status 1.
 
+    If nobody reads the output any more, as after `| head`, the program ends without a message and with the status that
+    the signal SIGPIPE gives. Parts of file names that are not UTF-8 are printed with a backslash.
+
     The line is also appended to the file that SIDE4VIDEO_ERROR_FILE names; utils/launch.py repeats it as the last one.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with StopSignals(), preferring_stop():
             main(sys.argv[1:])
+            if sys.stdout is not None:  # None: the program was started without one
+                sys.stdout.flush()  # at the end of the process, Python would report a closed pipe
     except UserError as error:
         _end(f"error: {error.line}", 1)
     except Stopped as stopped:
         _end(stopped.line, stopped.status)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_closed_pipe(sys.stdout):
+            _discard(sys.stdout)
+            sys.exit(CLOSED_PIPE)
         where = f"{error.filename}: " if error.filename else ""
         _end(f"error: {where}{error.strerror or error}", 1)
     except MemoryError:
@@ -84,4 +98,23 @@ def _end(line: str, status: int) -> NoReturn:
     if path := os.environ.get(ERRORS):
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+    if _is_closed_pipe(sys.stdout):
+        _discard(sys.stdout)
     sys.exit(status)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is still buffered to nowhere, so that the end of the process does not report the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_closed_pipe(stream: TextIO | None) -> bool:
+    """Whether the reader of a pipe has closed its end."""
+    if stream is None:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file of the operating system
+        return False
