@@ -136,7 +136,7 @@ def test(
             partial.write()
         raise
     result = Scores(
-        paths=[record.path for record in dataset.records],
+        paths=[record.name for record in dataset.records],
         labels=dataset.labels,
         scores=scores if order is None else scores[:, order],
         class_names=dataset.class_names or trained_names,

@@ -154,7 +154,7 @@ class FrameArchive:
         begin = entry.start + _LOCAL.size + len(key)
         if begin + entry.size > self._start:  # the contents end where the directory starts
             raise DataError(f"{self.path}: {name} is damaged: it ends behind the end of the contents; {_ADVICE}")
-        # The header before the content repeats the name. It is not read first, as few programs write extra fields there.
+        # The header before the content repeats the name. It is read only if the content is not right behind it.
         content = self._at(begin, entry.size)
         if zlib.crc32(content) != entry.checksum:
             header = self._at(entry.start, _LOCAL.size)

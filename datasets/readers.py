@@ -20,6 +20,7 @@ from datasets.annotations import VideoRecord
 from datasets.decoders import DECODERS, is_mpeg_stream
 from datasets.frame_archives import SUFFIX, Frames, open_frames
 from datasets.frame_files import frame_pattern
+from datasets.segments import SegmentDecoder, SegmentError
 from utils.errors import DataError, UserError
 
 MOST_PIXELS = 100 * 10**6  # of an image; a damaged or hostile header must not fill the memory
@@ -84,8 +85,9 @@ class FrameBuffers:
 class FrameFolderReader:
     """Reads videos that are stored as one image file per frame, in a folder `path` or packed in a file `path.zip`.
 
-    Index i is the file `image_tmpl.format(i + index_base)`. The number of frames is that of the list or, with
-    `count_frames`, the number of files in the folder that are named as `image_tmpl` names a number.
+    Index i is the file `image_tmpl.format(i + index_base)`, after the first frame of a segment. The number of frames is
+    that of the list or, with `count_frames`, the number of files in the folder that are named as `image_tmpl` names a
+    number.
     """
 
     def __init__(self, root: str, image_tmpl: str, count_frames: bool = False, index_base: int = 1):
@@ -132,7 +134,7 @@ class FrameFolderReader:
     def _read_frame(
         self, frames: Frames, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers
     ) -> np.ndarray:
-        name = self._template.format(index + self.index_base)
+        name = self._template.format(index + (record.first_frame or 0) + self.index_base)
         path = os.path.join(frames.path, name)
         try:
             return decode_image(frames.read(name), buffers)
@@ -200,6 +202,8 @@ class VideoFileReader:
                 f"{path}: no such video; listed at {record.source}; "
                 "check the data root, and that lines read 'path label'"
             )
+        if record.first_frame is not None:
+            return self._open_segment(path, record, record.first_frame)
         name = "pyav" if self.decoder == "auto" else self.decoder
         with _named_errors(path, record, name):
             decoder = DECODERS[name](path)
@@ -215,6 +219,18 @@ class VideoFileReader:
         with _named_errors(path, record, name):
             return OpenedVideo(decoder.num_frames, read)
 
+    def _open_segment(self, path: str, record: VideoRecord, first: int) -> OpenedVideo:
+        assert record.num_frames is not None  # lists of segments have this column
+        name = "decord" if self.decoder == "decord" else "pyav"
+        with _named_errors(path, record, name):
+            segment = SegmentDecoder(path, first, record.num_frames, DECODERS[name] if name == "decord" else None)
+
+        def read(indices: Sequence[int]) -> list[np.ndarray]:
+            with _named_errors(path, record, name):
+                return segment.read(indices)
+
+        return OpenedVideo(segment.num_frames, read)
+
 
 @contextlib.contextmanager
 def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None]:
@@ -223,6 +239,8 @@ def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None
         yield
     except UserError:
         raise
+    except SegmentError as error:
+        raise DataError(f"{path}: {error}; listed at {record.source}") from error
     except Exception as error:  # decoders raise many exception types
         # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__  # PyAV's has more in new versions

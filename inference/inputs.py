@@ -50,9 +50,10 @@ def given_videos(paths: Sequence[str | Path]) -> list[VideoRecord]:
 def read_list(list_path: str, root: str | Path | None = None) -> list[VideoRecord]:
     """The records of a list, in its order; blank lines are skipped.
 
-    A line is `path`, `path label` or `path num_frames label`, as in training lists. Paths may contain spaces: a column
-    is split off only where the rest of the line is a path and the whole is none. Folders without a number of frames
-    have as many as there are files. Labels are kept, whatever the classes of the model are.
+    A line is `path`, `path label`, `path num_frames label` or, for a segment, `path first_frame num_frames label`, as
+    in training lists. Paths may contain spaces: a column is split off only where the rest of the line is a path and the
+    whole is none. Folders without a number of frames have as many as there are files. Labels are kept, whatever the
+    classes of the model are.
 
     Raises:
         DataError: the list cannot be read, or is empty.
@@ -65,14 +66,16 @@ def read_list(list_path: str, root: str | Path | None = None) -> list[VideoRecor
 
 
 def _read_line(source: str, line: str, folder: str) -> VideoRecord:
-    for count in (0, 1, 2):
+    for count in (0, 1, 2, 3):
         path, *columns = line.rsplit(maxsplit=count)
         path = os.path.join(folder, path)
         if _is_there(path) and all(re.fullmatch(r"-?\d+", column) for column in columns):
-            *num_frames, label = [*map(int, columns)] or [UNLABELLED]
-            if num_frames and num_frames[0] < 1:
-                raise DataError(f"{source}: num_frames must be at least 1, got {num_frames[0]} in the line {line!r}")
-            return VideoRecord(path, num_frames[0] if num_frames else None, label, source)
+            *numbers, label = [*map(int, columns)] or [UNLABELLED]
+            for name, lowest, number in zip(("num_frames", "first_frame"), (1, 0), reversed(numbers), strict=False):
+                if number < lowest:
+                    raise DataError(f"{source}: {name} must be at least {lowest}, got {number} in the line {line!r}")
+            num_frames, first_frame = (*reversed(numbers), None, None)[:2]
+            return VideoRecord(path, num_frames, label, source, first_frame)
     return VideoRecord(os.path.join(folder, line), None, UNLABELLED, source)
 
 
@@ -155,7 +158,7 @@ class PathReader:
             )
         if is_video_file(record.path):
             return self._files.open(record)
-        counted = record.num_frames is None or self._folders.count_frames
+        counted = record.num_frames is None or (self._folders.count_frames and record.first_frame is None)
         with open_frames(record.path) as frames:
             names = frames.names()
         if problem := self._wrong_frames(names, counted):

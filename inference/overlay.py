@@ -1,5 +1,6 @@
 """A video with the classes that a model sees in it drawn on its frames."""
 
+import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -76,7 +77,9 @@ def draw_classes(frame: np.ndarray, top: list[tuple[str, float]]) -> Image.Image
 def all_frames(record: VideoRecord, data: DotMap) -> Iterator[np.ndarray]:
     """Every frame of a video, uint8 (H, W, 3), in bounded memory."""
     if is_video_file(record.path):
-        yield from upright_frames(record.path)
+        first, count = record.first_frame, record.num_frames
+        end = None if first is None or count is None else first + count
+        yield from itertools.islice(upright_frames(record.path), first, end)
         return
     reader = PathReader(data)
     num_frames = reader.open(record).num_frames

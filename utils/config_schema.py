@@ -246,6 +246,12 @@ FIELDS = {
         _TEMPLATE,
     ),
     "data.index_base": Field("int", 1, "Number of the first frame file in a folder.", _at_least(0)),
+    "data.segments": Field(
+        "bool",
+        False,
+        "Lists name segments of videos, in lines `path first_frame num_frames label`, for frames and for video files. "
+        "`first_frame` counts the frames of the whole video from 0, whatever `data.index_base` is.",
+    ),
     "data.count_frames": Field(
         "bool", False, "Count the frame files in each folder and ignore the number of frames in the list."
     ),
