@@ -81,7 +81,7 @@ class SegmentDecoder:
         self._whole = whole(path) if whole else None
         self._scan = None if whole else scan(path)
         if known := self._whole or self._scan:
-            self._check_end(known.num_frames)
+            check_end(self._first, self.num_frames, known.num_frames)
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Return the frames at ascending, distinct indices of the segment. May be called once."""
@@ -96,18 +96,18 @@ class SegmentDecoder:
         # The last frame is read too, so that a segment that ends behind the file's end is always found.
         last = self._first + self.num_frames - 1
         if last >= sys.maxsize:
-            self._check_end(count_frames(self._path))
+            check_end(self._first, self.num_frames, count_frames(self._path))
         frames = pick(decode_all(self._path, stop_at_damage=True), sorted({*wanted, last}))
         if len(frames) < len({*wanted, last}):
-            self._check_end(count_frames(self._path))
+            check_end(self._first, self.num_frames, count_frames(self._path))
         return frames[: len(wanted)]
 
-    def _check_end(self, count: int) -> None:
-        if self._first + self.num_frames > count:
-            last = self._first + self.num_frames - 1
-            raise SegmentError(
-                f"the segment is of frames {self._first} to {last}, but the file has {count} frames, from 0"
-            )
+
+def check_end(first: int, num_frames: int, count: int) -> None:
+    """Raise SegmentError unless frames `first`..`first + num_frames - 1` are among the `count` frames of a file."""
+    if first + num_frames > count:
+        last = first + num_frames - 1
+        raise SegmentError(f"the segment is of frames {first} to {last}, but the file has {count} frames, from 0")
 
 
 def count_frames(path: str) -> int:

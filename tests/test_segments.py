@@ -5,12 +5,18 @@ import shutil
 import av
 import numpy as np
 import pytest
+from PIL import Image
+from tiny import loader_config, smooth_pictures
 
 import datasets.segments
 from datasets.annotations import VideoRecord, read_annotations
+from datasets.loaders import build_train_loader
 from datasets.readers import FrameFolderReader, VideoFileReader
 from datasets.segments import scan
-from tests.tiny import smooth_pictures
+from engine.configuration import default_config
+from inference.inputs import PathReader, find_videos
+from inference.overlay import all_frames
+from tools import prepare_data
 from utils.errors import DataError
 
 COUNT = 200
@@ -123,3 +129,80 @@ def test_decord_reads_the_same_segment(videos):
     assert np.abs(difference).max() <= 2
     with pytest.raises(DataError, match="the segment"):
         open_segment(folder, "b_frames.mp4", 190, 20, "decord")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("base", [0, 1, 17])
+def test_first_frame_counts_the_frames_of_a_folder_from_0_whatever_their_first_number(tmp_path, base, packed):
+    template, root = "f{:03d}.png", tmp_path / "frames"
+    pictures = smooth_pictures(1, 9, (16, 12))
+    (root / "a b").mkdir(parents=True)
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(root / "a b" / template.format(number + base))
+    if packed:
+        prepare_data.main(["pack", str(root), str(tmp_path / "out"), "--image_tmpl", template, "--workers", "0"])
+        root = tmp_path / "out"
+    reader = FrameFolderReader(str(root), template, index_base=base)
+    with reader.open(VideoRecord("a b", 4, 0, "list:1", 5)) as video:
+        assert video.num_frames == 4 and np.array_equal(video.read([0, 3]), [pictures[5], pictures[8]])
+    with pytest.raises(DataError, match=f"f{9 + base:03d}.png: frame missing; listed at list:2 with 4 frames"):
+        reader.open(VideoRecord("a b", 4, 0, "list:2", 6)).read([3])
+
+
+def test_lines_of_segments(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("a b.mp4 0 5 1\na b.mp4 5 70 0\n")
+    records = read_annotations(str(path), 2, "video", segments=True)
+    assert records == read_annotations(str(path), 2, "RGB", segments=True)
+    assert records[1] == VideoRecord("a b.mp4", 70, 0, f"{path}:2", 5)
+    assert [record.name for record in records] == ["a b.mp4 0 5", "a b.mp4 5 70"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a.mp4 -1 5 0", "first_frame must be an integer of at least 0, got '-1'"),
+        ("a.mp4 0 0 0", "num_frames must be an integer of at least 1, got '0'"),
+        ("a.mp4 0.5 5 0", "first_frame must be an integer"),
+        ("a.mp4 5 0", "a line must read 'path first_frame num_frames label', got 'a.mp4 5 0'; lines of whole videos"),
+        ("my a.mp4 5 0", "first_frame must be an integer of at least 0, got 'a.mp4'; lines of whole videos"),
+        ("a.mp4 0 5 9", "label (data.num_classes is 2) must be an integer in 0..1, got '9'"),
+    ],
+)
+def test_a_wrong_line_of_a_segment_is_an_error_that_names_it(tmp_path, line, message):
+    path = tmp_path / "list.txt"
+    path.write_text(f"a.mp4 0 5 1\n{line}\n")
+    with pytest.raises(DataError) as caught:
+        read_annotations(str(path), 2, "video", segments=True)
+    assert str(caught.value).startswith(f"{path}:2: {message}")
+
+
+def test_training_samples_a_segment_as_if_it_were_a_video(videos, tmp_path):
+    folder, frames = videos
+    path = tmp_path / "list.txt"
+    path.write_text("b_frames.mp4 30 9 0\nvp9.webm 150 9 1\n")
+    config = loader_config((str(folder), str(path)), modality="video", segments=True, workers=0, num_segments=9)
+    dataset = build_train_loader(config).dataset
+    seen = []
+    dataset.transform = lambda given, label, rng, clip: seen.append(given) or label
+    dataset.transform.input_size = 32
+    for index, (name, first) in enumerate((("b_frames.mp4", 30), ("vp9.webm", 150))):
+        dataset[0, index]
+        indices = dataset.sample(9, 0, index)
+        assert np.array_equal(seen[index], [frames[name][first + i] for i in indices])
+
+
+def test_predict_reads_a_list_of_segments(videos, tmp_path):
+    folder, frames = videos
+    path = tmp_path / "list.txt"
+    path.write_text("b_frames.mp4 30 9 0\nb_frames.mp4 60 4 1\nvp9.webm\n")
+    records = find_videos([str(path)], "img_{:05d}.jpg", folder)
+    assert [record.name.removeprefix(f"{folder}/") for record in records] == [
+        "b_frames.mp4 30 9",
+        "b_frames.mp4 60 4",
+        "vp9.webm",
+    ]
+    data = default_config(data={"modality": "video"}).data
+    video = PathReader(data).open(records[1])
+    assert video.num_frames == 4 and np.array_equal(video.read([3])[0], frames["b_frames.mp4"][63])
+    assert np.array_equal(list(all_frames(records[0], data)), frames["b_frames.mp4"][30:39])

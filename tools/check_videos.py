@@ -4,8 +4,8 @@ import hashlib
 import io
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import av
 import simplejpeg
@@ -16,10 +16,12 @@ from datasets.decoders import decode_all
 from datasets.frame_archives import Frames, open_frames
 from datasets.frame_files import frame_pattern
 from datasets.readers import JPEG_START, VideoFileReader
+from datasets.segments import SegmentError, check_end, count_frames
 from utils.errors import UserError
 
 CHUNK = 1 << 20
 HASH_BYTES = 16
+MOST_FRAMES = 10**7  # of a line whose files are looked up by name; a wrong number must not fill the memory
 WHOLE_SHARE = 0.9  # of the stated length: the last frame may be shown longer, or the sound may outlast the pictures
 
 
@@ -70,10 +72,15 @@ class Task:
 Checked = tuple[list[Finding], bytes | None]
 
 
-def died(task: Task) -> Checked:
-    """The result for a video whose process ended."""
-    message = f"{task.path}: the process that read it ended: a crash in the decoder, or not enough memory"
-    return [Finding.at(task.record, "error", "unreadable", message)], None
+def died(tasks: list[Task]) -> list[Checked]:
+    """The results for videos whose process ended."""
+    message = f"{tasks[0].path}: the process that read it ended: a crash in the decoder, or not enough memory"
+    return [([Finding.at(task.record, "error", "unreadable", message)], None) for task in tasks]
+
+
+def check_each(tasks: list[Task], check: Callable[[Task], Checked]) -> list[Checked]:
+    """The results of `check` for each task."""
+    return [check(task) for task in tasks]
 
 
 # Folders of frames
@@ -129,17 +136,19 @@ def frame_findings(
         return
 
     num_frames = count if count_frames else record.num_frames
-    wanted = [template.format(number) for number in range(index_base, index_base + num_frames)]
+    start = index_base + (record.first_frame or 0)
+    wanted = [template.format(number) for number in range(start, start + min(num_frames, MOST_FRAMES))]
     missing = [name for name in wanted if name not in files]
-    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}, {count} files"
+    since = "" if record.first_frame is None else f" from frame {record.first_frame} on"
+    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}{since}, {count} files"
     first = min(number for number in map(pattern.number, files) if number is not None)
-    if missing and first != index_base and template.format(first + num_frames - 1) in files:
+    if missing and first != index_base and template.format(first + (record.first_frame or 0) + num_frames - 1) in files:
         message = f"numbered from {first}, not from {index_base}: {missing[0]} is missing; {listed}"
         yield Finding.at(record, "error", "index_base", f"{folder}: {message}; see data.index_base")
     elif missing:
         kind = "gap" if set(wanted[wanted.index(missing[0]) :]) & files else "count"
         yield Finding.at(record, "error", kind, f"{folder}: {and_more(missing)} missing; {listed}")
-    elif count > num_frames:
+    elif count > num_frames and record.first_frame is None:
         yield Finding.at(record, "warning", "count", f"{folder}: {listed}: the others are never read")
 
     sizes: Counter[tuple[int, int]] = Counter()
@@ -234,6 +243,32 @@ def check_video_file(task: Task, decoder: str) -> Checked:
     if len(sizes) > 1:
         findings.append(Finding.at(record, "warning", "sizes", f"{path}: {shown_sizes(sizes)}"))
     return findings, digest
+
+
+def check_segments(tasks: list[Task], decoder: str) -> list[Checked]:
+    """Check segments of one video file: the whole file once, and whether each segment lies in it.
+
+    The first segment gets the warnings about the file, each segment the errors.
+    """
+    first = tasks[0]
+    whole = replace(first, record=replace(first.record, num_frames=None, first_frame=None))
+    found, digest = check_video_file(whole, decoder)
+    errors = [finding for finding in found if finding.severity == "error"]
+    count = None if errors else count_frames(first.path)
+    results = []
+    for task in tasks:
+        record = task.record
+        findings = [replace(finding, place=record.source, path=record.path) for finding in errors]
+        findings += (finding for finding in found if task is first and finding not in errors)
+        try:
+            if count is not None:
+                check_end(record.first_frame, record.num_frames, count)
+        except SegmentError as error:
+            findings.append(Finding.at(record, "error", "segment", f"{task.path}: {error}"))
+        part = f"{record.first_frame} {record.num_frames}".encode()
+        content = None if digest is None else hashlib.blake2b(digest + part, digest_size=HASH_BYTES).digest()
+        results.append((findings, content))
+    return results
 
 
 def reading_findings(task: Task, decoder: str, num_frames: int) -> Iterator[Finding]:
