@@ -56,8 +56,9 @@ def open_frames(path: str) -> Frames:
     Raises:
         DataError: the zip file cannot be opened, or is no complete zip file.
     """
-    archive = archive_of(path)
-    return FrameFolder(path) if archive is None else FrameArchive(archive)
+    if os.path.isdir(path) or (archive := archive_of(path)) is None:
+        return FrameFolder(path)
+    return FrameArchive(archive)
 
 
 def archive_of(path: str) -> str | None:

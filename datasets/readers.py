@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from datasets.annotations import VideoRecord
+from datasets.annotations import COLUMNS, SEGMENT_COLUMNS, VideoRecord
 from datasets.decoders import DECODERS, is_mpeg_stream
 from datasets.frame_archives import SUFFIX, Frames, open_frames
 from datasets.frame_files import frame_pattern
@@ -200,7 +200,7 @@ class VideoFileReader:
         if not os.path.isfile(path):
             raise DataError(
                 f"{path}: no such video; listed at {record.source}; "
-                "check the data root, and that lines read 'path label'"
+                f"check the data root, and that lines read '{self._line(record)}'"
             )
         if record.first_frame is not None:
             return self._open_segment(path, record, record.first_frame)
@@ -218,6 +218,10 @@ class VideoFileReader:
 
         with _named_errors(path, record, name):
             return OpenedVideo(decoder.num_frames, read)
+
+    @staticmethod
+    def _line(record: VideoRecord) -> str:
+        return " ".join(COLUMNS["video"] if record.first_frame is None else SEGMENT_COLUMNS)
 
     def _open_segment(self, path: str, record: VideoRecord, first: int) -> OpenedVideo:
         assert record.num_frames is not None  # lists of segments have this column

@@ -122,7 +122,7 @@ class Recognizer:
         """float32 (videos, K), the mean over V = crops x clips views of softmax(logits): what test.py writes.
 
         Args:
-            paths: video files and folders of frames, one video each.
+            paths: video files, folders of frames and zip files of frames, one video each.
             crops: 1, 3, 5 or 10 crops of a clip.
             clips: clips of a video.
 

@@ -270,8 +270,8 @@ FIELDS = {
     "data.train_list": Field(
         "file",
         None,
-        "List of the training videos, with lines `path num_frames label` (video files: `path label`). Required for "
-        "training.",
+        "List of the training videos, with lines `path num_frames label` (video files: `path label`; segments: see "
+        "`data.segments`). Required for training.",
     ),
     "data.val_root": Field(
         "folder", None, "Folder that the paths in `data.val_list` are relative to. Always required."
