@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,6 @@ from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import sample_test, sample_train
 from datasets.transforms import EvalTransform, TrainTransform, normalize_clips, protocol_resize
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset
-from tools.pack_frames import Job, pack_folder
 from utils.config_schema import FIELDS
 from utils.seeding import sample_rng
 
@@ -309,7 +309,12 @@ def make_material(root: Path) -> None:
                 shutil.copyfile(frames[number % len(frames)], source / IMAGE_TMPL.format(number + 1))
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
-        pack_folder(Job(root / LONG_FOLDERS / "0", root / PACKED / "0.zip"), IMAGE_TMPL)
+        if not (target := root / PACKED / "0.zip").exists():
+            with zipfile.ZipFile(source := Path(unfinished, "0.zip"), "w") as archive:  # as prepare_data.py pack does
+                for frame in sorted((root / LONG_FOLDERS / "0").iterdir()):
+                    archive.write(frame, frame.name)
+            target.parent.mkdir(exist_ok=True)
+            source.rename(target)
         if not (root / LONG_VIDEO).exists():
             repeat_video(root / "340x256, key frame every 250" / "0.mp4", Path(unfinished, LONG_VIDEO))
             Path(unfinished, LONG_VIDEO).rename(root / LONG_VIDEO)
