@@ -56,6 +56,7 @@ def open_frames(path: str) -> Frames:
     Raises:
         DataError: the zip file cannot be opened, or is no complete zip file.
     """
+    path = path.rstrip(os.sep) or path
     if os.path.isdir(path) or (archive := archive_of(path)) is None:
         return FrameFolder(path)
     return FrameArchive(archive)
