@@ -171,7 +171,7 @@ def test(
             partial.write()
         raise
     result = Scores(
-        paths=[record.path for record in dataset.records],
+        paths=[record.name for record in dataset.records],
         labels=dataset.labels,
         scores=scores if order is None else scores[:, order],
         damaged=np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged]),

@@ -108,10 +108,10 @@ class VideoLoader(DataLoader):
         return {"unreadable": self.unreadable, "damaged": self.damaged}
 
     def held_videos(self) -> list[str]:
-        """Paths of the videos whose batches the workers are preparing, those of the next batch first."""
+        """Names of the videos whose batches the workers are preparing, those of the next batch first."""
         batches = itertools.islice(self.batch_sampler or (), self._arrived, self._arrived + self.num_workers)
         indices = [key[1] if isinstance(key, tuple) else key for keys in batches for key in keys]
-        return [self.dataset.records[index].path for index in indices]
+        return [self.dataset.records[index].name for index in indices]
 
 
 @contextmanager
@@ -397,7 +397,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def _common_parts(config: DotMap, root: str, list_path: str, unlabelled: bool = False) -> dict[str, Any]:
     data = config.data
     return {
-        "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled),
+        "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled, data.segments),
         "class_names": read_class_names(data.label_list, data.num_classes) if data.label_list else None,
         "reader": _reader(data, root),
         "protocol": data.protocol,

@@ -193,7 +193,7 @@ def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDatase
     if bad:
         raise NonFiniteScoresError(
             f"the scores of {len(bad)} of {len(scores) - len(unreadable)} readable videos are not finite, the first: "
-            f"{dataset.records[bad[0]].path}; the weights are, or solver.precision is too coarse for them: try an "
+            f"{dataset.records[bad[0]].name}; the weights are, or solver.precision is too coarse for them: try an "
             "earlier checkpoint, or solver.precision=fp32"
         )
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,6 +218,18 @@ def list_cases() -> Iterator[Case]:
     }
     for what, content in lines.items():
         yield Case("Lists", what, train_program.main, train("data.train_list=DIR/l.txt"), {"l.txt": content})
+    segments = {
+        "no column first_frame": "train_00000 4 1\n",
+        "a first frame before the video": "train_00000 -1 4 1\n",
+        "a segment without frames": "train_00000 0 0 1\n",
+        "a segment behind the end": "train_00000 3 2 1\ntrain_00000 3 2 1\n",
+    }
+    for what, content in segments.items():
+        arguments = train("data.train_list=DIR/l.txt", "data.val_list=DIR/l.txt", "data.segments=True")
+        yield Case("Segments", what, train_program.main, arguments, {"l.txt": content})
+    yield Case(
+        "Segments", "frames that are counted", train_program.main, train("data.segments=True", "data.count_frames=True")
+    )
     names = ["id,name\n", *(f"{label},class {label}\n" for label in range(10))]
     classes: dict[str, str | bytes] = {
         "no header": "".join(names[1:]),
@@ -235,6 +248,15 @@ def list_cases() -> Iterator[Case]:
 PNG_BOMB = bytes.fromhex("89504e470d0a1a0a0000000d49484452000186a0000186a0080200000027309c9f0000000049444154")
 
 
+def compressed_frames() -> bytes:
+    """A zip file of frames, as most programs write it."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(1, 5):
+            archive.writestr(f"img_{number:05d}.jpg", bytes(100))
+    return content.getvalue()
+
+
 def media_cases() -> Iterator[Case]:
     listed = {"l.txt": "v 4 1\nv 4 1\n"}
     frames: dict[str, str | bytes] = {
@@ -247,6 +269,17 @@ def media_cases() -> Iterator[Case]:
         files = {**listed, **{f"frames/v/img_{number:05d}.jpg": content for number in range(1, 5)}}
         arguments = train("data.train_root=DIR/frames", "data.train_list=DIR/l.txt")
         yield Case("Frames and videos", what, train_program.main, arguments, files)
+    for what, content in {
+        "a zip file that ends too soon": b"PK\x03\x04" + b"\0" * 26,
+        "a compressed zip file": compressed_frames(),
+    }.items():
+        files = {**listed, "frames/v.zip": content}
+        arguments = train("data.train_root=DIR/frames", "data.train_list=DIR/l.txt")
+        yield Case("Frames and videos", what, train_program.main, arguments, files)
+    files = {"l.txt": "val_00000.mp4 2 9 1\n" * 2}
+    arguments = train("data.modality=video", "data.segments=True", "data.train_root=DIR/data/videos")
+    arguments += ["data.train_list=DIR/l.txt", "data.val_root=DIR/data/videos", "data.val_list=DIR/l.txt"]
+    yield Case("Segments", "a segment behind the end of a video file", train_program.main, arguments, files)
     for what, content in {"an empty video": b"", "a video that is text": b"no video"}.items():
         files = {"l.txt": "v.mp4 1\nv.mp4 1\n", "v.mp4": content}
         arguments = train("data.modality=video", *(f"data.{p}_root=DIR" for p in ("train", "val")))
@@ -317,6 +350,10 @@ def tool_cases() -> Iterator[Case]:
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
         ("extract: no size", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--short_side", "0"], {}),
         ("extract: a quality of 101", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--quality", "101"], {}),
+        ("pack: a folder that is not there", prepare_data.main, ["pack", "DIR/gone", "DIR/out"], {}),
+        ("pack: the frames of one video", prepare_data.main, ["pack", "DIR/data/frames/train_00000", "DIR/out"], {}),
+        ("pack: no frames", prepare_data.main, ["pack", "DIR/data/videos", "DIR/out"], {}),
+        ("pack: fewer than no workers", prepare_data.main, ["pack", "DIR/data", "DIR/out", "--workers", "-1"], {}),
         ("list: a root that is not there", prepare_data.main, ["list", "folders", "DIR/gone", "DIR/out"], {}),
         ("list: no annotation file", prepare_data.main, ["list", "kinetics", "DIR/data", "DIR/out"], {}),
         ("list: another csv file", prepare_data.main,

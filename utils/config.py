@@ -224,6 +224,8 @@ def _check_together(values: Values, purpose: Purpose, fail: Fail) -> None:
         fail("pretrain", "not together with resume, whose checkpoint already holds the weights")
     if problem := resize_problem(values["data.resize"], values["data.input_size"]):
         fail("data.resize", problem)
+    if values["data.segments"] and values["data.count_frames"]:
+        fail("data.count_frames", "contradicts data.segments: the list says how many frames a segment has")
     if values["data.dense"] and values["data.num_segments"] > 128:
         fail("data.num_segments", f"is {values['data.num_segments']}, at most 128 with data.dense")
     if values["solver.mixup"] and purpose == "train":

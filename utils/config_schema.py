@@ -225,7 +225,10 @@ FIELDS = {
         trained_with=True,
     ),
     "data.modality": Field(
-        "str", "RGB", "`RGB` reads folders of frames, `video` reads video files.", _one_of("RGB", "video")
+        "str",
+        "RGB",
+        "`RGB` reads folders of frames, or the zip files of `prepare_data.py pack`. `video` reads video files.",
+        _one_of("RGB", "video"),
     ),
     "data.decoder": Field(
         "str",
@@ -255,12 +258,12 @@ FIELDS = {
         "File name of a frame with a field for its number. The first number is `data.index_base`.",
         _TEMPLATE,
     ),
-    "data.index_base": Field(
-        "int",
-        1,
-        "Number of the first frame file in a folder.",
-        Rule("0 or 1", lambda base: base in (0, 1)),
-        trained_with=True,
+    "data.index_base": Field("int", 1, "Number of the first frame file in a folder.", _at_least(0), trained_with=True),
+    "data.segments": Field(
+        "bool",
+        False,
+        "Lists name segments of videos, in lines `path first_frame num_frames label`, for frames and for video files. "
+        "`first_frame` counts the frames of the whole video from 0, whatever `data.index_base` is.",
     ),
     "data.count_frames": Field(
         "bool",
@@ -291,8 +294,8 @@ FIELDS = {
     "data.train_list": Field(
         "file",
         None,
-        "List of the training videos, with lines `path num_frames label` (video files: `path label`). Required for "
-        "training.",
+        "List of the training videos, with lines `path num_frames label` (video files: `path label`; segments: see "
+        "`data.segments`). Required for training.",
     ),
     "data.val_root": Field(
         "folder", None, "Folder that the paths in `data.val_list` are relative to. Always required."
