@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ class Scores:
     scores: float32 (videos, K), mean over views of softmax(logits); NaN for a video that could not be read
     class_names: of the K columns, None if unknown
     protocol: what decides the scores beside the weights: data set, frames, crops, clips, pixels, precision, decoder
+    num_frames: int64 (videos,), of each whole video, 0 for one that could not be read; None if unknown
+    brightness: float32 (videos, T), mean grey level of each frame of a view; it shows whether two tests saw the same
+        frames and pixels; None if unknown
     """
 
     paths: list[str]
@@ -34,6 +38,8 @@ class Scores:
     scores: np.ndarray
     class_names: list[str] | None
     protocol: dict[str, Any]
+    num_frames: np.ndarray | None = None
+    brightness: np.ndarray | None = None
 
     @property
     def labelled(self) -> bool:
@@ -43,41 +49,45 @@ class Scores:
 class PartialScores:
     """Scores of a test that is not finished, in files beside the one that it will write.
 
-    Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K)
-    and the protocol. A test with the same protocol goes on from all of them.
+    Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K),
+    the protocol, and details, an array (videos, ...) each. A test with the same protocol goes on from all of them.
+
+    Attributes:
+        done: {index: {name: row}} of the videos that have scores and all details.
     """
 
-    def __init__(self, path: Path, protocol: dict[str, Any]):
+    def __init__(self, path: Path, protocol: dict[str, Any], details: Sequence[str] = ()):
         """
         Args:
             path: the file of the finished scores.
             protocol: of the test, with the hashes of the model and of the list.
+            details: names of the details. Videos in files without them are scored again.
 
         Raises:
             DataError: there are partial scores of another test, or they cannot be read.
         """
         self._path, self._protocol = path, json.dumps(protocol, sort_keys=True)
-        self._own: dict[int, np.ndarray] = {}
+        self._names = ("scores", *details)
+        self._own: dict[int, dict[str, np.ndarray]] = {}
         self._written = time.monotonic()
-        self.done: dict[int, np.ndarray] = {}
+        self.done: dict[int, dict[str, np.ndarray]] = {}
         for file in _partial_files(path):
             self._read(file)
 
-    def add(self, indices: list[int], scores: np.ndarray) -> None:
-        """Scores (videos, K) of some videos; written to the disk once a minute."""
-        self._own |= dict(zip(indices, scores, strict=True))
+    def add(self, indices: list[int], scores: np.ndarray, details: dict[str, np.ndarray] | None = None) -> None:
+        """Scores (videos, K) and details (videos, ...) of some videos; written to the disk once a minute."""
+        self._own |= _rows(indices, {"scores": scores, **(details or {})})
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
             self.write()
 
     def write(self) -> None:
         """Write what this process has added so far."""
         if self._own:
-            indices, scores = np.array(list(self._own), np.int64), np.stack(list(self._own.values()))
+            indices = np.array(list(self._own), np.int64)
+            arrays: dict[str, Any] = {name: np.stack([row[name] for row in self._own.values()]) for name in self._names}
             name = self._path.with_name(f"{self._path.name}.partial-{get_rank()}-{os.getpid()}.npz")
             with writing(name):
-                write_atomically(
-                    name, lambda file: np.savez(file, indices=indices, scores=scores, protocol=self._protocol)
-                )
+                write_atomically(name, lambda file: np.savez(file, indices=indices, protocol=self._protocol, **arrays))
         self._written = time.monotonic()
 
     @staticmethod
@@ -89,7 +99,9 @@ class PartialScores:
     def _read(self, file: Path) -> None:
         try:
             with np.load(file) as content:
-                protocol, indices, scores = (content[name] for name in ("protocol", "indices", "scores"))
+                protocol, indices = content["protocol"], content["indices"]
+                complete = all(name in content for name in self._names)
+                arrays = {name: content[name] for name in self._names} if complete else {}
         except Exception as error:  # NumPy and zipfile raise many kinds
             raise DataError(f"{file}: cannot be read ({error}); remove it, and its videos are scored again") from error
         if str(protocol) != self._protocol:
@@ -99,7 +111,13 @@ class PartialScores:
                 f"{file}: holds scores of another test (different: {', '.join(changed)}); remove it, or name another "
                 "file"
             )
-        self.done |= dict(zip(indices.tolist(), scores, strict=True))
+        if complete:
+            self.done |= _rows(indices.tolist(), arrays)
+
+
+def _rows(indices: list[int], arrays: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+    """{index: {name: row}} of arrays whose first axis belongs to `indices`."""
+    return {index: {name: array[place] for name, array in arrays.items()} for place, index in enumerate(indices)}
 
 
 def _partial_files(path: Path) -> list[Path]:
@@ -107,7 +125,8 @@ def _partial_files(path: Path) -> list[Path]:
 
 
 def save_scores(path: Path, result: Scores) -> None:
-    """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and `class_names` if they are known.
+    """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and what is known of `class_names`,
+    `num_frames` and `brightness`.
 
     Raises:
         DataError: the file cannot be written.
@@ -120,5 +139,8 @@ def save_scores(path: Path, result: Scores) -> None:
     }
     if result.class_names:
         arrays["class_names"] = np.array(result.class_names, dtype=str)
+    for name in ("num_frames", "brightness"):
+        if (values := getattr(result, name)) is not None:
+            arrays[name] = values
     with writing(path):
         write_atomically(path, lambda file: np.savez(file, **arrays))

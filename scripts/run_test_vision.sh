@@ -3,7 +3,7 @@
 set -eu
 usage() {
     echo "usage: sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]" \
-        "[--save_scores FILE] [--precision P] [key=value ...]" >&2
+        "[--save_scores FILE] [--report DIR] [--precision P] [key=value ...]" >&2
     exit 2
 }
 case ${1:-} in '' | -*) usage ;; esac
