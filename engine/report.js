@@ -20,7 +20,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
 }
 for (const field of document.querySelectorAll("input[data-table]")) {
   const rows = [...document.getElementById(field.dataset.table).tBodies[0].rows];
-  const texts = rows.map((row) => row.textContent.toLowerCase());
+  const texts = rows.map((row) =>
+    [...row.querySelectorAll(".text")].map((cell) => cell.textContent).join(" ").toLowerCase());
   const count = document.querySelector(`output[data-count="${field.dataset.table}"]`);
   field.addEventListener("input", () => {
     const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);

@@ -346,8 +346,8 @@ def _calibration(numbers: Findings) -> str:
     return f"""<p>Are 80 % of the answers with a score of 80 % right? Bars that end on the dashed line say yes. Above
 it, the model is too careful, below it too sure. Here the mean score is {_percent(confidence)} %, and
 {_percent(accuracy)} % of the answers are right: the model is {verdict}. The expected calibration error is
-{100 * bins.error:.2f} % (95 %: {_between(numbers.calibration_interval)}), over {BINS} bins of equal width. The grey bars
-below say how many videos have such a score.</p>
+{100 * bins.error:.2f} % (95 %: {_between(numbers.calibration_interval)}), over {BINS} bins of equal width. The grey
+bars below say how many videos have such a score.</p>
 <svg class="chart" viewBox="0 0 {wide} {high}" role="img" aria-label="reliability diagram" style="max-width:{wide}px">
 {"".join(parts)}
 </svg>"""

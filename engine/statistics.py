@@ -126,34 +126,30 @@ def confusion_counts(labels: np.ndarray, predicted: np.ndarray, num_classes: int
 def confused_order(confusion: np.ndarray) -> list[int]:
     """An order of the K classes that puts classes which are confused with each other side by side.
 
-    Groups of classes that are never confused with another group follow each other, the one with most errors first.
-    Inside a group, classes are sorted by the second eigenvector of its Laplacian, which minimises the squared
-    distances between confused classes.
+    Groups are merged step by step, always the two with the largest mean confusion between their classes. Of a group,
+    the end that is confused most with an end of the other one is put next to it. Classes without an error come last.
     """
-    errors = (confusion + confusion.T).astype(float)
-    np.fill_diagonal(errors, 0)
-    groups = sorted(_components(errors > 0), key=lambda group: (-errors[np.ix_(group, group)].sum(), group[0]))
-    order = []
-    for group in groups:
-        if len(group) > 2:
-            weights = errors[np.ix_(group, group)]
-            scale = 1 / np.sqrt(weights.sum(axis=1))  # normalised, so that one frequent class does not decide all
-            laplacian = np.eye(len(group)) - scale[:, None] * weights * scale
-            vector = np.linalg.eigh(laplacian)[1][:, 1] * scale
-            vector *= np.sign(vector[np.abs(vector).argmax()])  # the sign is arbitrary; this makes the order repeatable
-            group = [group[place] for place in np.argsort(vector, kind="stable")]
-        order += group
-    return order
+    totals = np.maximum(confusion.sum(axis=1), 1)[:, None]
+    similar = confusion / totals + (confusion / totals).T
+    np.fill_diagonal(similar, 0)
+    between = similar.copy()  # sums over the pairs of classes of two groups
+    sizes = np.ones(len(confusion))
+    groups: dict[int, list[int]] = {label: [label] for label in range(len(confusion))}
+    while len(groups) > 1:
+        first, second = divmod(int((between / np.outer(sizes, sizes)).argmax()), len(confusion))
+        if between[first, second] <= 0:
+            break
+        groups[first] = _joined(groups[first], groups.pop(second), similar)
+        between[first] += between[second]
+        between[:, first] = between[first]
+        between[second] = between[:, second] = 0
+        between[first, first] = 0
+        sizes[first] += sizes[second]
+    return [label for group in sorted(groups.values(), key=lambda group: (-len(group), group[0])) for label in group]
 
 
-def _components(linked: np.ndarray) -> list[list[int]]:
-    """Connected groups of an undirected graph, bool (K, K), each sorted."""
-    left, groups = set(range(len(linked))), []
-    while left:
-        group, border = set(), {min(left)}
-        while border:
-            group |= border
-            border = set(np.nonzero(linked[sorted(border)].any(axis=0))[0].tolist()) - group
-        left -= group
-        groups.append(sorted(group))
-    return groups
+def _joined(a: list[int], b: list[int], similar: np.ndarray) -> list[int]:
+    """Two ordered groups as one, each turned so that the ends that meet are the most similar ones."""
+    ways = [(x, y) for x in (a, a[::-1]) for y in (b, b[::-1])]
+    x, y = max(ways, key=lambda way: similar[way[0][-1], way[1][0]])
+    return x + y
