@@ -154,7 +154,7 @@ def test(
         class_names=dataset.class_names or trained_names,
         protocol=protocol,
         num_frames=details.num_frames,
-        brightness=details.brightness,
+        thumbnails=details.thumbnails,
     )
     seconds = time.perf_counter() - started
     report(result, seconds)

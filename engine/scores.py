@@ -29,7 +29,7 @@ class Scores:
     class_names: of the K columns, None if unknown
     protocol: what decides the scores beside the weights: data set, frames, crops, clips, pixels, precision, decoder
     num_frames: int64 (videos,), of each whole video, 0 for one that could not be read; None if unknown
-    brightness: float32 (videos, T), mean grey level of each frame of a view; it shows whether two tests saw the same
+    thumbnails: float32 (videos, T, 4, 4), grey levels of each frame of a view; they show whether two tests saw the same
         frames and pixels; None if unknown
     """
 
@@ -39,7 +39,7 @@ class Scores:
     class_names: list[str] | None
     protocol: dict[str, Any]
     num_frames: np.ndarray | None = None
-    brightness: np.ndarray | None = None
+    thumbnails: np.ndarray | None = None
 
     @property
     def labelled(self) -> bool:
@@ -126,7 +126,7 @@ def _partial_files(path: Path) -> list[Path]:
 
 def save_scores(path: Path, result: Scores) -> None:
     """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and what is known of `class_names`,
-    `num_frames` and `brightness`.
+    `num_frames` and `thumbnails`.
 
     Raises:
         DataError: the file cannot be written.
@@ -139,8 +139,39 @@ def save_scores(path: Path, result: Scores) -> None:
     }
     if result.class_names:
         arrays["class_names"] = np.array(result.class_names, dtype=str)
-    for name in ("num_frames", "brightness"):
+    for name in ("num_frames", "thumbnails"):
         if (values := getattr(result, name)) is not None:
             arrays[name] = values
     with writing(path):
         write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def load_scores(path: str | Path) -> Scores:
+    """Read a file of `save_scores`. A file without `protocol`, of another program, has an empty one.
+
+    Raises:
+        DataError: it cannot be read, or holds no scores.
+    """
+    try:
+        with np.load(path) as content:
+            arrays = {name: content[name] for name in content.files}
+        protocol = json.loads(str(arrays.get("protocol", "{}")))
+    except Exception as error:  # NumPy, zipfile and json raise many kinds
+        raise DataError(
+            f"{path}: cannot be read as scores ({error}); test.py --save_scores writes such files"
+        ) from error
+    if missing := [name for name in ("paths", "labels", "scores") if name not in arrays]:
+        raise DataError(f"{path}: holds no {missing[0]}; test.py --save_scores writes such files")
+    paths, labels, scores = arrays["paths"], arrays["labels"], arrays["scores"]
+    names = arrays["class_names"].tolist() if "class_names" in arrays else None
+    if scores.ndim != 2 or not len(scores) or not len(paths) == len(labels) == len(scores):
+        raise DataError(
+            f"{path}: {len(paths)} paths, {len(labels)} labels and scores of shape {scores.shape}; these must be as "
+            "many, and at least one"
+        )
+    if names and len(names) != scores.shape[1]:
+        raise DataError(f"{path}: {len(names)} class names for {scores.shape[1]} columns of scores")
+    more = {name: arrays.get(name) for name in ("num_frames", "thumbnails")}
+    return Scores(
+        paths.astype(str).tolist(), labels.astype(np.int64), scores.astype(np.float32), names, protocol, **more
+    )

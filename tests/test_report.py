@@ -49,9 +49,9 @@ def make_result(num_classes=8, videos=200, sets=((1, 1), (3, 1), (1, 2)), names=
     protocol = {"dataset": "made", "test_crops": 3, "test_clips": 2, "num_segments": 4, "checkpoint": "m.pt"}
     paths = [f"folder/video {number}.mp4" for number in range(videos)]
     num_frames = rng.integers(5, 300, size=videos)
-    brightness = np.zeros((videos, 4), np.float32)
+    thumbnails = np.zeros((videos, 4, 4, 4), np.float32)
     names = names or [f"class number {label}" for label in range(num_classes)]
-    result = Scores(paths, labels, scores, names, protocol, num_frames, brightness)
+    result = Scores(paths, labels, scores, names, protocol, num_frames, thumbnails)
     details = VideoDetails(videos, num_classes, 4, view_sets(3, 2, True)[: len(sets)])
     details.num_frames = num_frames
     noise = rng.random((videos, len(details.sets), num_classes)).astype(np.float32)
@@ -268,14 +268,14 @@ def test_test_py_writes_the_report_of_its_scores(tested, tmp_path, capsys):
     assert protocol["model_sha256"] in page and "data:image/jpeg;base64," in page and "torch" in page
     right = (scores["scores"].argmax(1) == scores["labels"]).sum()
     assert f"{100 * right / 7:.2f} %" in page
-    assert scores["num_frames"].tolist() == [6] * 7 and scores["brightness"].shape == (7, 4)
+    assert scores["num_frames"].tolist() == [6] * 7 and scores["thumbnails"].shape == (7, 4, 4, 4)
     # The frames of the first set are those of a test with one view: on square frames, so are its scores.
     test_program.main([*tested[:4], "--save_scores", str(tmp_path / "one.npz")])
     one = np.load(tmp_path / "one.npz")
     right = (one["scores"].argmax(1) == one["labels"]).sum()
     views = re.search(r"<td>1 crop x 1 clip</td>.*?data-value=\"1\".*?data-value=\"([\d.]+)\"", page)
     assert float(views[1]) == pytest.approx(100 * right / 7)
-    assert np.array_equal(one["brightness"], scores["brightness"])
+    assert np.array_equal(one["thumbnails"], scores["thumbnails"])
 
 
 def test_a_test_that_was_interrupted_gives_the_report_of_an_unbroken_one(tested, tmp_path, monkeypatch):
