@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,11 @@ def load_scores(path: str | Path) -> Scores:
     Raises:
         DataError: it cannot be read, or holds no scores.
     """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file; test.py --save_scores writes scores")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no npz file")
         with np.load(path) as content:
             arrays = {name: content[name] for name in content.files}
         protocol = json.loads(str(arrays.get("protocol", "{}")))

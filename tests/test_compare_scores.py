@@ -176,7 +176,7 @@ def test_files_that_are_no_scores_are_named(tmp_path, say):
     np.savez(tmp_path / "names.npz", paths=["x"], labels=[0], scores=np.zeros((1, 3)), class_names=["a"])
     np.savez(tmp_path / "plain.npz", paths=["v0"], labels=[0], scores=np.eye(1, 6))
     for name, problem in {
-        "gone": "cannot be read as scores",
+        "gone": "no such file",
         "text": "cannot be read as scores",
         "other": "holds no scores",
         "shape": "1 paths, 1 labels and scores of shape",
