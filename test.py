@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from dotmap import DotMap
 
 from datasets.annotations import UNLABELLED
@@ -151,6 +152,7 @@ def test(
         paths=[record.path for record in dataset.records],
         labels=dataset.labels,
         scores=scores if order is None else scores[:, order],
+        damaged=np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged]),
         class_names=dataset.class_names or trained_names,
         protocol=protocol,
         num_frames=details.num_frames,
@@ -178,6 +180,7 @@ def describe_test(config: DotMap, precision: Precision, weights: str, crops: int
         "checkpoint": str(weights),
         "list": data.val_list,
         "decoder": describe_decoder(data),
+        "on_damage": data.on_damage,
     }
 
 

@@ -33,13 +33,14 @@ class VideoLoader(DataLoader):
     """Yields batches of tensors.
 
     `unreadable` lists the videos that could not be read since the last start of an iteration, each as
-    (index, message of one line). `carried` is added to this list when the next iteration starts: a resumed epoch puts
-    the videos there that could not be read before it was interrupted.
+    (index, message of one line), and `damaged` those of which something could not be decoded. `carried` is what both
+    start with in the next iteration: a resumed epoch puts the videos there that were met before it was interrupted.
     """
 
     dataset: VideoDataset
     unreadable: list[tuple[int, str]]
-    carried: list[tuple[int, str]] = []
+    damaged: list[tuple[int, str]]
+    carried: dict[str, list[tuple[int, str]]] = {}
     stall_seconds: float  # after so long without a batch, the workers are killed and `stalled` is True
     stalled = False
     _arrived = 0  # batches of this iteration
@@ -47,7 +48,8 @@ class VideoLoader(DataLoader):
     clip_bytes: int  # of all clips, or views, of one video
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]  # torch says: a private class
-        self.unreadable, self.carried = list(self.carried), []
+        self.unreadable, self.damaged = (list(self.carried.get(name, [])) for name in ("unreadable", "damaged"))
+        self.carried = {}
         return self._batches()
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -56,6 +58,7 @@ class VideoLoader(DataLoader):
         while (batch := self._next(batches)) is not None:
             self._arrived += 1
             self.unreadable += batch.pop("unreadable")
+            self.damaged += batch.pop("damaged")
             yield batch
 
     def _next(self, batches: Any) -> dict[str, Any] | None:
@@ -91,6 +94,10 @@ class VideoLoader(DataLoader):
                     process.kill()
                 alive[0].join(0.1)
                 alive = [process for process in alive if process.is_alive()]
+
+    def met(self) -> dict[str, list[tuple[int, str]]]:
+        """What `carried` takes."""
+        return {"unreadable": self.unreadable, "damaged": self.damaged}
 
     def held_videos(self) -> list[str]:
         """Paths of the videos whose batches the workers are preparing, those of the next batch first."""
@@ -184,6 +191,7 @@ def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> Vi
     dataset = TrainVideoDataset(
         **common,
         skip_unreadable=data.on_error == "skip",
+        refuse_damaged=data.on_damage == "error",
         transform=TrainTransform(data.protocol, data.input_size, data.resize, labels, data.rand_aug),
         dense=data.dense,
         seed=config.seed,
@@ -274,6 +282,7 @@ def build_record_loader(
         protocol=data.protocol,
         num_segments=data.num_segments,
         skip_unreadable=skip_unreadable,
+        refuse_damaged=data.on_damage == "error",
         transform=EvalTransform(data.input_size, data.resize, crops),
         dense=data.dense if dense is None else dense,
         num_clips=clips,
@@ -311,9 +320,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Concatenate the tensors of samples along the first axis, and their lists of unreadable videos."""
-    unreadable = [video for sample in samples for video in sample.pop("unreadable")]
-    return {**{name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}, "unreadable": unreadable}
+    """Concatenate the tensors of samples along the first axis, and their lists."""
+    batch: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        batch[name] = [video for value in values for video in value] if isinstance(first, list) else torch.cat(values)
+    return batch
 
 
 def _common_parts(config: DotMap, root: str, list_path: str, unlabelled: bool = False) -> dict[str, Any]:

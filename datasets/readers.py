@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import DECODERS, is_mpeg_stream
+from datasets.decoders import DECODERS, Damage, FrameCountError, VideoDecoder, describe_damage, is_mpeg_stream
 from datasets.frame_files import frame_pattern
 from utils.errors import DataError, UserError
 
@@ -32,11 +32,16 @@ class OpenedVideo:
     `read(indices)` returns the frames at ascending, distinct indices, each RGB, uint8 (H, W, 3), contiguous. It may be
     called once. `close()`, or the end of a `with` block, gives the memory of these frames back to the reader, and later
     videos overwrite it. A video that is never closed keeps its frames.
+
+    A video is damaged if something in its files could not be decoded, and `read` gave what could. `damage()`, called
+    after `read`, says in one line what that was, or returns None. If damage leaves fewer frames than `num_frames`,
+    `read` raises a FrameCountError with their number, and may be called once more.
     """
 
     num_frames: int
     read: Callable[[Sequence[int]], list[np.ndarray]]
     close: Callable[[], None] = lambda: None
+    damage: Callable[[], str | None] = lambda: None
 
     def __enter__(self) -> "OpenedVideo":
         return self
@@ -98,12 +103,19 @@ class FrameFolderReader:
         """Raises DataError if frames are counted and there are none."""
         num_frames = self._count(record) if self.count_frames else record.num_frames
         assert num_frames is not None  # lists of frame folders have this column
-        buffers = FrameBuffers(self._free_blocks)
+        buffers, complaints = FrameBuffers(self._free_blocks), dict[str, str]()
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            return [self._read_frame(record, num_frames, index, buffers) for index in indices]
+            return [self._read_frame(record, num_frames, index, buffers, complaints) for index in indices]
 
-        return OpenedVideo(num_frames, read, buffers.release)
+        def damage() -> str | None:
+            if not complaints:
+                return None
+            path, complaint = next(iter(complaints.items()))
+            more = f" and {len(complaints) - 1} more frames" if len(complaints) > 1 else ""
+            return f"{path}{more}: damaged ({complaint}); listed at {record.source}"
+
+        return OpenedVideo(num_frames, read, buffers.release, damage)
 
     def _count(self, record: VideoRecord) -> int:
         folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
@@ -116,11 +128,16 @@ class FrameFolderReader:
             advice = "data.modality: video reads video files"
         raise DataError(f"{folder}: no file like {template}; listed at {record.source}; {advice}")
 
-    def _read_frame(self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers) -> np.ndarray:
+    def _read_frame(
+        self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers, complaints: dict[str, str]
+    ) -> np.ndarray:
         path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
         try:
             with open(path, "rb", opener=_open_at_once) as file:
-                return decode_image(file.read(), buffers)
+                pixels, complaint = decode_image(file.read(), buffers)
+            if complaint is not None:
+                complaints[path] = complaint
+            return pixels
         except Exception as error:  # for broken files Pillow raises many types, among them SyntaxError and struct.error
             if isinstance(error, FileNotFoundError):
                 problem = "frame missing"
@@ -146,8 +163,8 @@ class TooManyPixels(Exception):
         super().__init__(f"its header promises {width} x {height} pixels, more than {MOST_PIXELS // 10**6} megapixels")
 
 
-def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
-    """Decode an image file to RGB, uint8 (H, W, 3), with the pixels that Pillow returns.
+def decode_image(data: bytes, buffers: FrameBuffers) -> tuple[np.ndarray, str | None]:
+    """Decode an image file to RGB, uint8 (H, W, 3), with the pixels that Pillow returns; and what is damaged in it.
 
     simplejpeg decodes JPEG files, faster and with equal pixels, into memory of `buffers`. Pillow decodes other formats,
     CMYK images and the JPEG files that simplejpeg finds damaged.
@@ -155,25 +172,51 @@ def decode_image(data: bytes, buffers: FrameBuffers) -> np.ndarray:
     Raises:
         Exception: what Pillow raises for the file.
     """
+    complaint = None
     if data.startswith(JPEG_START):
-        with contextlib.suppress(ValueError):
+        try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if height * width > MOST_PIXELS:
                 raise TooManyPixels(width, height)
             if colours not in ("CMYK", "YCCK"):  # libjpeg converts these to RGB differently than Pillow
-                return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3))
+                return simplejpeg.decode_jpeg(data, buffer=buffers.take(height * width * 3)), None
+        except ValueError as error:
+            complaint = str(error)
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise TooManyPixels(image.width, image.height)
-        return np.array(image.convert("RGB"))
+        return seen_by_a_person(image), complaint
+
+
+def seen_by_a_person(image: Image.Image) -> np.ndarray:
+    """An image of any of Pillow's modes as RGB, uint8 (H, W, 3).
+
+    Levels of 16 bits are scaled to 8 bits, where Pillow's own conversion makes all above 255 white.
+
+    Raises:
+        ValueError: the image does not say what a person sees: levels without a range, or transparent pixels, whose
+            colour is that of what lies behind.
+    """
+    mode, wide = image.mode, image.mode.startswith("I;16")
+    if wide or (mode == "I" and image.format == "PNG"):  # Pillow 10 opens PNG files of 16 bits so
+        levels = np.asarray(image).astype(np.uint32)
+        return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+    if mode in ("I", "F"):
+        raise ValueError(f"its mode is {mode}, which states no range of levels; save it with 8 or 16 bits")
+    if "transparency" in image.info or mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if alpha.min(initial=255) < 255:
+            share = (alpha < 255).mean() * 100
+            raise ValueError(f"{share:.0f} % of its pixels are transparent; save it on a background, without alpha")
+    return np.array(image.convert("RGB"))
 
 
 class VideoFileReader:
     """Reads videos that are stored as video files. Index i is the i-th frame in the order of presentation.
 
     `decoder` is "pyav", "decord" or "auto". With "auto", PyAV reads all files except those that it would decode twice,
-    which decord reads. MPEG streams always go to PyAV, because decord refuses them. The library is imported when a
-    video is opened, in the loader's worker.
+    which decord reads, or PyAV if decord cannot. MPEG streams always go to PyAV, because decord refuses them. The
+    library is imported when a video is opened, in the loader's worker.
     """
 
     def __init__(self, root: str, decoder: str):
@@ -189,19 +232,53 @@ class VideoFileReader:
                 "check the data root, and that lines read 'path label'"
             )
         name = "pyav" if self.decoder == "auto" else self.decoder
+        # decord, too, takes what precedes a colon for a protocol, except in an absolute path.
+        absolute = os.path.abspath(path)
         with _named_errors(path, record, name):
-            decoder = DECODERS[name](path)
+            decoder = DECODERS[name](absolute)
         if self.decoder == "auto" and decoder.decodes_twice and not is_mpeg_stream(path):
-            name = "decord"
-            with _named_errors(path, record, name):
-                decoder = DECODERS[name](path)
+            decoder = _DecordOrPyAV(absolute, decoder)
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
             with _named_errors(path, record, name):
                 return decoder.read(indices)
 
+        def damage() -> str | None:
+            found = describe_damage(path, decoder.damage)
+            return f"{path}: damaged ({found}); listed at {record.source}" if found else None
+
         with _named_errors(path, record, name):
-            return OpenedVideo(decoder.num_frames, read)
+            return OpenedVideo(decoder.num_frames, read, damage=damage)
+
+
+class _DecordOrPyAV:
+    """Reads a video with decord, and with PyAV if decord cannot open it or return the frames.
+
+    decord does not say which frames it has filled up by guessing, so `damage` is that which PyAV meets.
+    """
+
+    decodes_twice = False
+
+    def __init__(self, path: str, pyav: VideoDecoder):
+        self._pyav = pyav
+        self._decord: VideoDecoder | None = None
+        # decord raises many exception types, and a ConfigError if it is not installed.
+        with contextlib.suppress(Exception):
+            self._decord = DECODERS["decord"](path)
+        self.num_frames = (self._decord or pyav).num_frames
+
+    @property
+    def damage(self) -> Damage:
+        return self._pyav.damage
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        if self._decord is not None:
+            with contextlib.suppress(Exception):
+                return self._decord.read(indices)
+            promised, self._decord, self.num_frames = self.num_frames, None, self._pyav.num_frames
+            if self.num_frames != promised:
+                raise FrameCountError(promised, self.num_frames)
+        return self._pyav.read(indices)
 
 
 @contextlib.contextmanager
@@ -209,7 +286,7 @@ def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None
     """Turn the errors of a decoder into DataErrors that name the file and its line in the list."""
     try:
         yield
-    except UserError:
+    except (UserError, FrameCountError):
         raise
     except Exception as error:  # decoders raise many exception types
         # decord puts "[time] file.cc:line: " before its message and a stack trace below it.

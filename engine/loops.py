@@ -120,7 +120,8 @@ def evaluate(
 
     Returns:
         float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
-        the log.
+        the log. Damaged videos have a line in the log too. Afterwards, `loader.unreadable` and `loader.damaged` hold
+        the videos of all processes.
 
     Raises:
         DataError: no video at all could be read.
@@ -142,7 +143,7 @@ def evaluate(
             counted[indices] += 1
             rows = details.add(batch, [view_scores(logits[:, list(s.views)]) for s in details.sets]) if details else {}
             if partial:
-                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), rows)
+                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged), rows)
             progress.update(len(indices))
             report_progress(f"evaluation, {progress.n} videos done")
 
@@ -152,15 +153,21 @@ def evaluate(
     all_reduce(scores)
     if not all_reduce(counted).eq(1).all():
         raise RuntimeError("a video was not counted exactly once; the evaluation loader is at fault")
-    unreadable = sorted(gather(loader.unreadable))
+    loader.unreadable = unreadable = sorted(gather(loader.unreadable))
+    done_before = list(partial.damaged.items()) if partial else []
+    loader.damaged = sorted({*map(tuple, gather(loader.damaged)), *done_before})
     if details:
-        details.finish(unreadable, precision.device)
+        details.finish(unreadable, loader.damaged, precision.device)
     refuse_non_finite(scores, {index for index, _ in unreadable}, loader.dataset)
     if len(unreadable) == num_videos:
         raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")
     verdict = "no scores" if loader.dataset.labels[0] == UNLABELLED else "no scores, counted wrong"
     for _, reason in unreadable:
         log.info("%s: %s", verdict, reason)
+    if number := len(loader.damaged):
+        log.info("%d of %d videos are damaged, and what can be decoded of them is scored", number, num_videos)
+    for _, reason in loader.damaged:
+        log.info("scored in part: %s", reason)
     return scores.cpu().numpy()
 
 

@@ -298,10 +298,10 @@ def tables(
     for label, name in enumerate(names):
         confusion.append([label, name, *numbers.confusion[label].tolist(), int(unread[label])])
 
-    errors = dict(details.unreadable)
+    errors, damaged = dict(details.unreadable), dict(details.damaged)
     videos_table: list[list[Any]] = [
         ["path", "label", "class", "predicted_label", "predicted_class", "right", "rank", "score", "score_of_class",
-         "num_frames", "error"]
+         "num_frames", "error", "damage"]
     ]  # fmt: skip
     for index, path in enumerate(result.paths):
         label, predicted = int(result.labels[index]), int(numbers.predicted[index])
@@ -311,7 +311,7 @@ def tables(
             scores = result.scores[index]
             answer = [predicted, names[predicted], int(predicted == label), int(numbers.rank[index])]
             answer += [f"{scores[predicted]:.6f}", f"{scores[label]:.6f}", int(details.num_frames[index])]
-        videos_table.append([path, label, names[label], *answer, errors.get(index, "")])
+        videos_table.append([path, label, names[label], *answer, errors.get(index, ""), damaged.get(index, "")])
     return classes, confusion, videos_table
 
 

@@ -17,7 +17,7 @@ from engine.statistics import BINS, Interval
 from engine.view_details import VideoDetails
 
 FOLDER = Path(__file__).parent
-MOST_PAIRS, MOST_ERRORS, MOST_UNREADABLE = 50, 500, 200
+MOST_PAIRS, MOST_ERRORS, MOST_REASONS = 50, 500, 200
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -34,6 +34,7 @@ def page(result: Scores, details: VideoDetails, numbers: Findings, strips: list[
         ("strips", "Worst errors" if numbers.errors else "Least certain answers", _strips(result, numbers, strips)),
         ("errors", "Wrong videos", _errors(result, numbers)),
         ("unreadable", "Videos that could not be read", _unreadable(result, details)),
+        ("damaged", "Damaged videos", _damaged(result, details)),
         ("protocol", "Protocol and versions", _facts(protocol, facts)),
     ]
     sections = [(name, heading, body) for name, heading, body in sections if body]
@@ -129,6 +130,9 @@ def _cards(numbers: Findings, details: VideoDetails) -> str:
             f'<p class="warning"><a href="#unreadable">{count} video{_s(count)} could not be read</a> and {be} counted '
             "as wrong.</p>"
         )
+    if details.damaged:
+        count = len(details.damaged)
+        unread += f'<p class="warning"><a href="#damaged">{count} damaged video{_s(count)}</a> scored in part.</p>'
     return f"""<div class="cards">{shown}</div>
 {unread}
 <p class="note">"95 %" is the range in which the value probably lies for other videos of the same kind: Wilson's
@@ -422,19 +426,35 @@ def _errors(result: Scores, numbers: Findings) -> str:
 
 
 def _unreadable(result: Scores, details: VideoDetails) -> str:
-    if not details.unreadable:
+    count = len(details.unreadable)
+    return _reasons(
+        result,
+        "unreadable-table",
+        f"{count} of {len(result.paths)} videos. They count as wrong. The confusion matrix and the calibration are "
+        "without them.",
+        details.unreadable,
+    )
+
+
+def _damaged(result: Scores, details: VideoDetails) -> str:
+    count = len(details.damaged)
+    return _reasons(
+        result,
+        "damaged-table",
+        f"{count} of {len(result.paths)} videos. What could be decoded of them was scored.",
+        details.damaged,
+    )
+
+
+def _reasons(result: Scores, name: str, words: str, videos: list[tuple[int, str]]) -> str:
+    if not videos:
         return ""
     rows = [
         [f'<td class="text"><code class="path">{name_of(result.paths[index])}</code></td>', _cell(reason)]
-        for index, reason in details.unreadable[:MOST_UNREADABLE]
+        for index, reason in videos[:MOST_REASONS]
     ]
-    count = len(details.unreadable)
-    first = f", the first {MOST_UNREADABLE} of them here" if count > MOST_UNREADABLE else ""
-    columns = [("Video", "text"), ("Reason", "text")]
-    return (
-        f"<p>{count} of {len(result.paths)} videos{first}. They count as wrong. The confusion matrix and the "
-        "calibration are without them.</p>" + _table("unreadable-table", columns, rows, shown=12)
-    )
+    first = f" The first {MOST_REASONS} of them:" if len(videos) > MOST_REASONS else ""
+    return f"<p>{words}{first}</p>" + _table(name, [("Video", "text"), ("Reason", "text")], rows, shown=12)
 
 
 PROTOCOL_WORDS = {

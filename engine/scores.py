@@ -27,6 +27,7 @@ class Scores:
     paths: as the list names them
     labels: int64 (videos,), all UNLABELLED for a list without labels
     scores: float32 (videos, K), mean over views of softmax(logits); NaN for a video that could not be read
+    damaged: bool (videos,), videos of which a part could not be decoded
     class_names: of the K columns, None if unknown
     protocol: what decides the scores beside the weights: data set, frames, crops, clips, pixels, precision, decoder
     num_frames: int64 (videos,), of each whole video, 0 for one that could not be read; None if unknown
@@ -37,6 +38,7 @@ class Scores:
     paths: list[str]
     labels: np.ndarray
     scores: np.ndarray
+    damaged: np.ndarray
     class_names: list[str] | None
     protocol: dict[str, Any]
     num_frames: np.ndarray | None = None
@@ -51,10 +53,12 @@ class PartialScores:
     """Scores of a test that is not finished, in files beside the one that it will write.
 
     Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K),
-    the protocol, and details, an array (videos, ...) each. A test with the same protocol goes on from all of them.
+    `damaged` (JSON: index -> what is damaged), the protocol, and details, an array (videos, ...) each. A test with the
+    same protocol goes on from all of them.
 
     Attributes:
         done: {index: {name: row}} of the videos that have scores and all details.
+        damaged: {index: what is damaged} of the damaged ones among them.
     """
 
     def __init__(self, path: Path, protocol: dict[str, Any], details: Sequence[str] = ()):
@@ -72,12 +76,24 @@ class PartialScores:
         self._own: dict[int, dict[str, np.ndarray]] = {}
         self._written = time.monotonic()
         self.done: dict[int, dict[str, np.ndarray]] = {}
+        self.damaged: dict[int, str] = {}
+        self._own_damaged: dict[int, str] = {}
         for file in _partial_files(path):
             self._read(file)
 
-    def add(self, indices: list[int], scores: np.ndarray, details: dict[str, np.ndarray] | None = None) -> None:
-        """Scores (videos, K) and details (videos, ...) of some videos; written to the disk once a minute."""
+    def add(
+        self,
+        indices: list[int],
+        scores: np.ndarray,
+        damaged: dict[int, str],
+        details: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """Scores (videos, K) and details (videos, ...) of some videos, and the damage met so far.
+
+        They are written to the disk once a minute.
+        """
         self._own |= _rows(indices, {"scores": scores, **(details or {})})
+        self._own_damaged |= damaged
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
             self.write()
 
@@ -87,8 +103,14 @@ class PartialScores:
             indices = np.array(list(self._own), np.int64)
             arrays: dict[str, Any] = {name: np.stack([row[name] for row in self._own.values()]) for name in self._names}
             name = self._path.with_name(f"{self._path.name}.partial-{get_rank()}-{os.getpid()}.npz")
+            content: dict[str, Any] = {
+                "indices": indices,
+                **arrays,
+                "damaged": json.dumps(self._own_damaged),
+                "protocol": self._protocol,
+            }
             with writing(name):
-                write_atomically(name, lambda file: np.savez(file, indices=indices, protocol=self._protocol, **arrays))
+                write_atomically(name, lambda file: np.savez(file, **content))
         self._written = time.monotonic()
 
     @staticmethod
@@ -103,6 +125,7 @@ class PartialScores:
                 protocol, indices = content["protocol"], content["indices"]
                 complete = all(name in content for name in self._names)
                 arrays = {name: content[name] for name in self._names} if complete else {}
+                damaged = {int(index): what for index, what in json.loads(str(content["damaged"])).items()}
         except Exception as error:  # NumPy and zipfile raise many kinds
             raise DataError(f"{file}: cannot be read ({error}); remove it, and its videos are scored again") from error
         if str(protocol) != self._protocol:
@@ -114,6 +137,7 @@ class PartialScores:
             )
         if complete:
             self.done |= _rows(indices.tolist(), arrays)
+            self.damaged |= damaged
 
 
 def _rows(indices: list[int], arrays: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
@@ -126,8 +150,8 @@ def _partial_files(path: Path) -> list[Path]:
 
 
 def save_scores(path: Path, result: Scores) -> None:
-    """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and what is known of `class_names`,
-    `num_frames` and `thumbnails`.
+    """Write an npz atomically: `paths`, `labels`, `scores`, `damaged`, `protocol` (JSON), and what is known of
+    `class_names`, `num_frames` and `thumbnails`.
 
     Raises:
         DataError: the file cannot be written.
@@ -136,6 +160,7 @@ def save_scores(path: Path, result: Scores) -> None:
         "paths": np.array(result.paths, dtype=str),
         "labels": np.asarray(result.labels, dtype=np.int64),
         "scores": np.asarray(result.scores, dtype=np.float32),
+        "damaged": np.asarray(result.damaged, dtype=bool),
         "protocol": np.array(json.dumps(result.protocol)),
     }
     if result.class_names:
@@ -148,7 +173,7 @@ def save_scores(path: Path, result: Scores) -> None:
 
 
 def load_scores(path: str | Path) -> Scores:
-    """Read a file of `save_scores`. A file without `protocol`, of another program, has an empty one.
+    """Read a file of `save_scores`. A file without `protocol` or `damaged`, of another program, has an empty one.
 
     Raises:
         DataError: it cannot be read, or holds no scores.
@@ -176,7 +201,13 @@ def load_scores(path: str | Path) -> Scores:
         )
     if names and len(names) != scores.shape[1]:
         raise DataError(f"{path}: {len(names)} class names for {scores.shape[1]} columns of scores")
-    more = {name: arrays.get(name) for name in ("num_frames", "thumbnails")}
     return Scores(
-        paths.astype(str).tolist(), labels.astype(np.int64), scores.astype(np.float32), names, protocol, **more
+        paths.astype(str).tolist(),
+        labels.astype(np.int64),
+        scores.astype(np.float32),
+        arrays.get("damaged", np.zeros(len(paths), bool)),
+        names,
+        protocol,
+        arrays.get("num_frames"),
+        arrays.get("thumbnails"),
     )

@@ -59,7 +59,7 @@ class VideoDetails:
         num_frames: int64 (videos,), of the whole video; 0 if it could not be read.
         thumbnails: float32 (videos, T, 4, 4), grey levels of each frame in a view of the first set, or in the only
             view; 0 if the video could not be read.
-        unreadable: [(index, message of one line)], in list order.
+        unreadable, damaged: [(index, message of one line)], in list order.
     """
 
     NAMES = ("set_scores", "num_frames", "thumbnails")
@@ -67,6 +67,7 @@ class VideoDetails:
     def __init__(self, num_videos: int, num_classes: int, num_segments: int, sets: list[ViewSet]):
         self.sets = sets
         self.unreadable: list[tuple[int, str]] = []
+        self.damaged: list[tuple[int, str]] = []
         self.set_scores = np.zeros((num_videos, len(sets), num_classes), np.float32)
         self.num_frames = np.zeros(num_videos, np.int64)
         self.thumbnails = np.zeros((num_videos, num_segments, THUMBNAIL, THUMBNAIL), np.float32)
@@ -92,14 +93,14 @@ class VideoDetails:
         for name in self.NAMES:
             getattr(self, name)[index] = row[name]
 
-    def finish(self, unreadable: list[tuple[int, str]], device: torch.device) -> None:
+    def finish(self, unreadable: list[tuple[int, str]], damaged: list[tuple[int, str]], device: torch.device) -> None:
         """Put the details of all processes together.
 
         Args:
-            unreadable: videos of all processes.
+            unreadable, damaged: videos of all processes.
             device: of the evaluation; processes exchange tensors there.
         """
-        self.unreadable = unreadable
+        self.unreadable, self.damaged = unreadable, damaged
         for name in self.NAMES:
             if (values := getattr(self, name)).size:
                 setattr(self, name, all_reduce(torch.from_numpy(values).to(device)).cpu().numpy())

@@ -11,7 +11,7 @@ from dotmap import DotMap
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import upright_frames
+from datasets.decoders import open_container, upright_frames
 from inference.inputs import PathReader
 from utils.atomic import write_atomically
 from utils.errors import DataError
@@ -101,5 +101,5 @@ def frame_rate(path: str) -> Fraction:
     """Frames a second: the mean that a video file states, or FOLDER_RATE."""
     if os.path.isdir(path):
         return FOLDER_RATE
-    with av.open(path) as container:
+    with open_container(path) as container:
         return container.streams.best("video").average_rate or FOLDER_RATE

@@ -365,12 +365,24 @@ def test_damage_inside_an_image_that_pillow_decodes_is_a_warning(frames):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_images_of_other_colours_are_no_finding(frames, mode):
+def test_a_data_set_that_mixes_kinds_of_images_is_a_warning(frames, mode):
     for number in range(1, FRAMES + 1):
         path = frames.media / "train 7" / f"img_{number:05d}.jpg"
         with Image.open(path) as image:
             image.convert(mode).save(path)
-    assert frames.check()[:2] == (0, [])
+    _, (finding,), _ = frames.check()
+    assert (finding["severity"], finding["kind"]) == ("warning", "mixed")
+    kinds = f"JPEG RGB (11 videos, the first val 0), JPEG {mode} (1 videos, the first train 7)"
+    assert finding["message"] == f"frames of several kinds: {kinds}"
+
+
+def test_damage_is_an_error_where_the_configuration_refuses_it(frames, videos):
+    path = videos.media / "train 0.mp4"
+    write_video(path, count=60, size=VIDEO_SIZE)
+    path.write_bytes(path.read_bytes()[:-1])
+    for on_damage, severity in (("accept", "warning"), ("error", "error")):
+        message = videos.only_finding("train", 1, severity, "damaged", f"data.on_damage={on_damage}")
+        assert "damaged (the file ends 1 bytes before the end that its header states); 60 frames" in message
 
 
 def test_frames_that_nothing_refers_to_need_not_be_readable(frames):
@@ -409,7 +421,7 @@ def test_a_nul_character_is_an_error_of_its_line(frames):
     frames.lines["train"][7] = f"train\0 7 {FRAMES} 3"
     assert "holds a NUL character" in frames.only_finding("train", 8, "error", "line")
     task = Task("train", str(frames.media), VideoRecord("a\0b", 8, 0, "list:1"))
-    ((finding,), _) = check_frame_folder(task, "img_{:05d}.jpg", 1, False)
+    (finding,) = check_frame_folder(task, "img_{:05d}.jpg", 1, False).findings
     assert finding.severity == "error" and "null" in finding.message
 
 
@@ -444,14 +456,15 @@ def test_videos_that_cannot_be_decoded_to_their_end(videos, decoder):
     ]
 
 
-def test_damage_in_the_middle_is_placed(videos):
+def test_damage_in_the_middle_is_a_warning(videos):
     path = videos.media / "train 0.mp4"
     write_video(path, count=60, size=VIDEO_SIZE)
     content = bytearray(path.read_bytes())
     middle = (content.index(b"mdat") + content.index(b"moov")) // 2
     content[middle : middle + 400] = bytes(400)
     path.write_bytes(content)
-    assert "cannot be decoded after " in videos.only_finding("train", 1, "error", "unreadable", "data.decoder=pyav")
+    message = videos.only_finding("train", 1, "warning", "damaged", "data.decoder=pyav")
+    assert " cannot be decoded" in message and message.endswith("frames can be decoded")
 
 
 def test_a_video_that_only_another_decoder_reads(videos):
@@ -478,7 +491,7 @@ def test_frames_that_the_decoder_calls_damaged_are_a_warning(videos):
     videos.lines["train"][0] = "train 0.ts 0"
     _, findings, _ = videos.check("data.decoder=pyav")
     messages = [finding["message"] for finding in findings if finding["severity"] == "warning"]
-    assert len(messages) == 1 and "frames are damaged, says the decoder" in messages[0]
+    assert len(messages) == 1 and "damaged (1 frame decoded in part); 10 frames can be decoded" in messages[0]
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mkv"])
@@ -487,9 +500,19 @@ def test_what_is_cut_off_without_an_error_is_a_warning(videos, suffix):
     write_video(path, count=40, size=VIDEO_SIZE)
     videos.lines["train"][0] = f"{path.name} 0"
     assert videos.check("data.decoder=pyav")[:2] == (0, [])
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    message = videos.only_finding("train", 1, "warning", "damaged", "data.decoder=pyav")
+    assert "bytes before the end that its header states" in message
+    segment = content.index(b"\x18\x53\x80\x67") + 4
+    unknown = b"\x01" + b"\xff" * 7  # the length of a recording that is still written
+    path.write_bytes(content[:segment] + unknown + content[segment + 8 : len(content) // 2])
     message = videos.only_finding("train", 1, "warning", "cut_off", "data.decoder=pyav")
     assert "of the 1.6" in message
+    for tag in (b"now", b"1:2", b"-1:00:00.0"):  # some programs write other texts
+        at = content.index(b"00:00:01.6")
+        path.write_bytes(content[:at] + tag.ljust(18, b"\0") + content[at + 18 :])
+        assert videos.check("data.decoder=pyav")[:2] == (0, [])
 
 
 def test_a_copy_of_a_video_is_a_warning(videos):

@@ -21,7 +21,7 @@ def write(path, predicted, labels, num_classes=6, sure=0.9, names=None, paths=No
     scores[np.arange(n), predicted] = sure
     scores[np.asarray(predicted) < 0] = np.nan
     paths = paths or [f"v{number}" for number in range(n)]
-    save_scores(path, Scores(paths, np.asarray(labels), scores, names, protocol))
+    save_scores(path, Scores(paths, np.asarray(labels), scores, np.zeros(n, bool), names, protocol))
     return str(path)
 
 
@@ -188,9 +188,15 @@ def test_files_that_are_no_scores_are_named(tmp_path, say):
 
 
 def test_saved_scores_are_read_back(tmp_path):
-    save_scores(tmp_path / "s.npz", Scores(["a"], np.array([3]), np.eye(1, 10, 3, np.float32), list(CLASSES),
+    save_scores(tmp_path / "s.npz", Scores(["a"], np.array([3]), np.eye(1, 10, 3, np.float32), np.ones(1, bool),
+                list(CLASSES),
                 {"dense": False}, np.array([7]), np.ones((1, 4, 4, 4), np.float32)))  # fmt: skip
     again = load_scores(tmp_path / "s.npz")
     assert again.paths == ["a"] and again.class_names == list(CLASSES) and again.protocol == {"dense": False}
-    assert again.num_frames.tolist() == [7] and again.thumbnails.shape == (1, 4, 4, 4) and again.labelled
+    assert (
+        again.damaged.tolist() == [True]
+        and again.num_frames.tolist() == [7]
+        and again.thumbnails.shape == (1, 4, 4, 4)
+        and again.labelled
+    )
     assert json.loads(str(np.load(tmp_path / "s.npz")["protocol"])) == {"dense": False}

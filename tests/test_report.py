@@ -51,11 +51,12 @@ def make_result(num_classes=8, videos=200, sets=((1, 1), (3, 1), (1, 2)), names=
     num_frames = rng.integers(5, 300, size=videos)
     thumbnails = np.zeros((videos, 4, 4, 4), np.float32)
     names = names or [f"class number {label}" for label in range(num_classes)]
-    result = Scores(paths, labels, scores, names, protocol, num_frames, thumbnails)
+    result = Scores(paths, labels, scores, np.zeros(videos, bool), names, protocol, num_frames, thumbnails)
     details = VideoDetails(videos, num_classes, 4, view_sets(3, 2, True)[: len(sets)])
     details.num_frames = num_frames
     noise = rng.random((videos, len(details.sets), num_classes)).astype(np.float32)
     details.set_scores = np.nan_to_num(scores)[:, None] + 0.1 * noise
+    details.damaged = [(5, f"{paths[5]}: <i>damaged</i>")]
     details.unreadable = [(index, f"{paths[index]}: <b>broken</b>") for index in unread]
     return result, details
 
@@ -134,6 +135,7 @@ def test_the_tables_hold_every_class_every_pair_and_every_video(tmp_path):
     assert [row["path"] for row in tables["videos"]] == result.paths
     assert sum(row["right"] == "1" for row in tables["videos"]) == numbers.top1.right
     assert [i for i, row in enumerate(tables["videos"]) if row["error"]] == [3, 7]
+    assert [i for i, row in enumerate(tables["videos"]) if row["damage"]] == [5]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -161,7 +163,13 @@ def test_nothing_of_the_data_is_markup_and_nothing_comes_from_elsewhere(tmp_path
         sum((a for _, a in elements), [])
     )
     assert "@import" not in page and "url(" not in page
-    assert "<img src=x" not in page and "<b>broken" not in page and "\u202e" not in page and "\0" not in page
+    assert (
+        "<img src=x" not in page
+        and "<b>broken" not in page
+        and "<i>damaged" not in page
+        and "\u202e" not in page
+        and "\0" not in page
+    )
     assert html.escape(HOSTILE[0]) in page
     (data,) = re.findall(r'id="matrix-data">(.*?)</script>', page)
     assert json.loads(data)["names"][:4] == HOSTILE[:4]

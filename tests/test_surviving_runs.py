@@ -528,6 +528,13 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     assert not list(tmp_path.glob("s.npz.partial-*"))
 
 
+def test_a_test_that_goes_on_knows_the_damaged_videos_of_before(tmp_path):
+    partial = PartialScores(tmp_path / "s.npz", {"crops": 3})
+    partial.add([4, 2], np.zeros((2, 5), np.float32), {2: "b.mp4: damaged"})
+    partial.write()
+    assert PartialScores(tmp_path / "s.npz", {"crops": 3}).damaged == {2: "b.mp4: damaged"}
+
+
 @pytest.mark.parametrize("place", ["a folder", "below a file"])
 def test_scores_that_cannot_be_written_are_refused_before_any_work(config, tmp_path, place):
     (tmp_path / "file").write_text("")

@@ -280,28 +280,36 @@ def folder_name(class_name: str) -> str:
 def check_files(lists: list[AnnotationList], data: DotMap, workers: int) -> None:
     """Check the files of every record in several processes, and compare the videos' contents."""
     if data.modality == "video":
-        read = functools.partial(check_video_file, decoder=data.decoder)
+        read = functools.partial(check_video_file, decoder=data.decoder, on_damage=data.on_damage)
     else:
         read = functools.partial(
             check_frame_folder,
             image_tmpl=data.image_tmpl,
             index_base=data.index_base,
             count_frames=data.count_frames,
+            on_damage=data.on_damage,
         )
     list_of = {each.part: each for each in lists}
     tasks = (Task(each.part, each.root, record) for each in validation_first(lists) for record in each.records)
     first_of: dict[bytes, VideoRecord] = {}
+    videos_of: dict[str, list[VideoRecord]] = {}
     results, total = parallel_map(read, tasks, workers, died), sum(len(each.records) for each in lists)
     with (
         contextlib.closing(results),
         tqdm(results, desc="videos", unit="video", disable=None, total=total) as progress,
     ):
-        for task, (found, digest) in progress:
-            findings, record = list_of[task.part].findings, task.record
-            findings.extend(found)
+        for task, checked in progress:
+            findings, record, digest = list_of[task.part].findings, task.record, checked.digest
+            findings.extend(checked.findings)
+            for kind in checked.kinds:
+                videos_of.setdefault(kind, []).append(record)
             if digest is not None and (first := first_of.setdefault(digest, record)) is not record:
                 message = f"{record.path}: has the same content as {first.path}, at {first.source}"
                 findings.append(Finding.at(record, "warning", "content", message))
+    if len(videos_of) > 1:
+        kinds = sorted(videos_of.items(), key=lambda item: -len(item[1]))
+        told = ", ".join(f"{kind} ({len(videos)} videos, the first {videos[0].path})" for kind, videos in kinds)
+        lists[0].findings.append(Finding("warning", "mixed", lists[0].path, f"frames of several kinds: {told}"))
 
 
 # Reports

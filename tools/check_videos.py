@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import decode_all
+from datasets.decoders import Damage, FrameCountError, decode_all, describe_damage, open_container
 from datasets.frame_files import frame_pattern
-from datasets.readers import JPEG_START, VideoFileReader
+from datasets.readers import JPEG_START, OpenedVideo, VideoFileReader, seen_by_a_person
 from utils.errors import UserError
 
 CHUNK = 1 << 20
@@ -65,30 +66,47 @@ class Task:
         return os.path.join(self.root, self.record.path)
 
 
-# Findings of one video, and the hash of its content, None if it is not to be compared with other videos.
-Checked = tuple[list[Finding], bytes | None]
+@dataclass(frozen=True)
+class Checked:
+    """What one video gave.
+
+    digest: hash of its content, None if it is not to be compared with other videos
+    kinds: format and mode of its frames, such as "PNG RGBA"; empty for a video file
+    """
+
+    findings: list[Finding]
+    digest: bytes | None = None
+    kinds: frozenset[str] = frozenset()
 
 
 def died(task: Task) -> Checked:
     """The result for a video whose process ended."""
     message = f"{task.path}: the process that read it ended: a crash in the decoder, or not enough memory"
-    return [Finding.at(task.record, "error", "unreadable", message)], None
+    return Checked([Finding.at(task.record, "error", "unreadable", message)])
 
 
 # Folders of frames
 
 
-def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frames: bool) -> Checked:
+def check_frame_folder(
+    task: Task, image_tmpl: str, index_base: int, count_frames: bool, on_damage: str = "accept"
+) -> Checked:
     """Check the numbers of the frames and decode each one. A folder with findings gets no hash."""
-    digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    findings = list(frame_folder_findings(task, image_tmpl, index_base, count_frames, digest))
-    return findings, None if findings else digest.digest()
+    digest, kinds = hashlib.blake2b(digest_size=HASH_BYTES), set[str]()
+    findings = list(frame_folder_findings(task, image_tmpl, index_base, count_frames, on_damage, digest, kinds))
+    return Checked(findings, None if findings else digest.digest(), frozenset(kinds))
 
 
 def frame_folder_findings(
-    task: Task, image_tmpl: str, index_base: int, count_frames: bool, digest: "hashlib.blake2b"
+    task: Task,
+    image_tmpl: str,
+    index_base: int,
+    count_frames: bool,
+    on_damage: str,
+    digest: "hashlib.blake2b",
+    kinds: set[str],
 ) -> Iterator[Finding]:
-    """What is wrong with a folder of frames. Updates `digest` with the content of every frame."""
+    """What is wrong with a folder of frames. Updates `digest` with the content of each frame, `kinds` with its kind."""
     record = task.record
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
     try:
@@ -132,8 +150,9 @@ def frame_folder_findings(
             with open(os.path.join(folder, name), "rb") as file:
                 content = file.read()
             digest.update(content)
-            size, complaint = decoded(content)
+            size, kind, complaint = decoded(content)
             sizes[size] += 1
+            kinds.add(kind)
             if complaint is not None:
                 damaged.append((name, complaint))
         except Exception as error:  # Pillow raises many exception types for broken files
@@ -145,13 +164,18 @@ def frame_folder_findings(
     if damaged:
         names = and_more([name for name, _ in damaged])
         message = f"{folder}: {names} damaged, but decoded ({damaged[0][1]}); extract it again"
-        yield Finding.at(record, "warning", "damaged", message)
+        yield Finding.at(record, damage_severity(on_damage), "damaged", message)
     if len(sizes) > 1:
         yield Finding.at(record, "warning", "sizes", f"{folder}: {shown_sizes(sizes)}")
 
 
-def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
-    """((width, height), complaint of libjpeg or None) of an image that can be decoded to its end.
+def damage_severity(on_damage: str) -> str:
+    """With `data.on_damage: error`, a damaged video is one that cannot be read."""
+    return "error" if on_damage == "error" else "warning"
+
+
+def decoded(content: bytes) -> tuple[tuple[int, int], str, str | None]:
+    """((width, height), format and mode, complaint of libjpeg or None) of an image that can be decoded to its end.
 
     Raises what Pillow raises, and EOFError for no content. simplejpeg decodes JPEG files first: Pillow says nothing
     about damage inside them.
@@ -165,71 +189,90 @@ def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
             if colours not in ("CMYK", "YCCK"):
                 # Decoding at 1/8 of the size reads every bit and skips most transforms, which cannot fail.
                 simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
-                return (width, height), None
+                return (width, height), "JPEG L" if colours == "Gray" else "JPEG RGB", None
         except ValueError as error:
             complaint = str(error)
     with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        return image.size, complaint
+        kind = f"{image.format} {image.mode}"
+        seen_by_a_person(image)
+        return image.size, kind, complaint
 
 
 # Video files
 
 
-def check_video_file(task: Task, decoder: str) -> Checked:
+def check_video_file(task: Task, decoder: str, on_damage: str = "accept") -> Checked:
     """Decode a video to its end with PyAV, then read its last frame with `decoder`, as training does.
 
-    A video that PyAV cannot decode to its end gets no hash.
+    A video that cannot be decoded gets no hash.
     """
     record, path = task.record, task.path
     if not os.path.isfile(path):
         shorter = path.rpartition(" ")[0]
         too_many = os.path.isfile(shorter) and f"; {shorter} is: a line must read 'path label', with no number between"
-        return [Finding.at(record, "error", "missing", f"{path}: no such video{too_many or ''}")], None
+        return Checked([Finding.at(record, "error", "missing", f"{path}: no such video{too_many or ''}")])
     if os.path.getsize(path) == 0:
-        return [Finding.at(record, "error", "empty", f"{path}: the file is empty")], None
+        return Checked([Finding.at(record, "error", "empty", f"{path}: the file is empty")])
 
     sizes: Counter[tuple[int, int]] = Counter()
-    corrupt, times = 0, []
+    damage, times = Damage(), []
     try:
-        for frame in decode_all(path):
+        for frame in decode_all(path, damage):
             sizes[frame.width, frame.height] += 1
-            corrupt += frame.is_corrupt
             times.append(frame.time)
         stated = stated_seconds(path)
         digest = file_hash(path)
     except Exception as error:  # decoders raise many exception types
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         message = f"{path}: cannot be decoded after {len(times)} frames ({reason})"
-        return [Finding.at(record, "error", "unreadable", message)], None
+        return Checked([Finding.at(record, "error", "unreadable", message)])
     if not times:
-        return [Finding.at(record, "error", "unreadable", f"{path}: no frame can be decoded")], None
+        return Checked([Finding.at(record, "error", "unreadable", f"{path}: no frame can be decoded")])
 
     findings = list(reading_findings(task, decoder, len(times)))
-    if corrupt:
-        message = f"{path}: {corrupt} of {len(times)} frames are damaged, says the decoder"
-        findings.append(Finding.at(record, "warning", "damaged", message))
-    if stated is not None and len(times) > 1:
+    if (damaged := describe_damage(path, damage)) is not None:
+        message = f"{path}: damaged ({damaged}); {len(times)} frames can be decoded"
+        findings.append(Finding.at(record, damage_severity(on_damage), "damaged", message))
+    elif stated is not None and len(times) > 1 and None not in times:
         shown = (times[-1] - times[0]) * len(times) / (len(times) - 1)
         if shown < WHOLE_SHARE * stated:
             message = f"{path}: the pictures end after {shown:.2f} s of the {stated:.2f} s that the file states"
             findings.append(Finding.at(record, "warning", "cut_off", message))
     if len(sizes) > 1:
         findings.append(Finding.at(record, "warning", "sizes", f"{path}: {shown_sizes(sizes)}"))
-    return findings, digest
+    return Checked(findings, digest)
 
 
 def reading_findings(task: Task, decoder: str, num_frames: int) -> Iterator[Finding]:
     """What goes wrong when the reader of training counts the frames and reads the last one."""
     try:
         video = VideoFileReader(task.root, decoder).open(task.record)
-        if video.num_frames != num_frames:
-            message = f"{task.path}: {decoder} counts {video.num_frames} frames, but {num_frames} can be decoded"
-            yield Finding.at(task.record, "error", "unreadable", message)
-        video.read([video.num_frames - 1])
+        counted, problem = last_frame(video)
     except UserError as error:
-        message = f"{task.path}: {error.line.removeprefix(f'{task.path}: ')}"
+        yield Finding.at(task.record, "error", "unreadable", with_path(task, error))
+        return
+    if counted != num_frames and (decoder == "decord" or counted > num_frames):
+        message = f"{task.path}: {decoder} counts {counted} frames, but {num_frames} can be decoded"
         yield Finding.at(task.record, "error", "unreadable", message)
+    if problem is not None:
+        yield Finding.at(task.record, "error", "unreadable", with_path(task, problem))
+
+
+def last_frame(video: OpenedVideo) -> tuple[int, UserError | None]:
+    """Read the last frame; return the number of frames, and why the frame cannot be read."""
+    counted = video.num_frames
+    while True:
+        try:
+            video.read([counted - 1])
+            return counted, None
+        except FrameCountError as error:
+            counted = error.num_frames
+        except UserError as error:
+            return counted, error
+
+
+def with_path(task: Task, error: UserError) -> str:
+    return f"{task.path}: {error.line.removeprefix(f'{task.path}: ')}"
 
 
 def stated_seconds(path: str) -> float | None:
@@ -238,14 +281,15 @@ def stated_seconds(path: str) -> float | None:
     Decoding a file of these formats that was cut off raises no error, so the length has to be compared. None for other
     formats, and where the length is unknown, as in a file with sound and no tag.
     """
-    with av.open(path) as container:
+    with open_container(path) as container:
         if "matroska" not in container.format.name:
             return None
         stream = container.streams.best("video")
         tag = stream.metadata.get("DURATION")
         if tag is not None:
-            hours, minutes, seconds = tag.split(":")
-            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+            if (parts := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", tag.strip())) is None:
+                return None  # some programs write other texts
+            return 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3])
         alone = len(container.streams) == 1 and container.duration is not None
         return container.duration / av.time_base if alone else None
 

@@ -137,6 +137,7 @@ def take(scores: Scores, rows: list[int]) -> Scores:
         paths=[scores.paths[row] for row in rows],
         labels=scores.labels[rows],
         scores=scores.scores[rows],
+        damaged=scores.damaged[rows],
         num_frames=chosen(scores.num_frames),
         thumbnails=chosen(scores.thumbnails),
     )
@@ -155,6 +156,8 @@ def compare(a: Scores, b: Scores, name: str, shown: int) -> list[list[Any]]:
     for label, scores in (("the first", before), (name, after)):
         if missing := int((scores < 0).sum()):
             print(f"  {missing} without scores in {label}{', counted as wrong' if a.labelled else ''}")
+    if a.damaged.any() or b.damaged.any():
+        print(f"  damaged: {int(a.damaged.sum())} in the first, {int(b.damaged.sum())} in {name}")
     print(f"  same answer: {100 * (before == after).mean():.2f} % of the videos")
     names = a.class_names or b.class_names or [f"class {label}" for label in range(num_classes)]
     if not (a.labelled and b.labelled):

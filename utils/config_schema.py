@@ -248,6 +248,14 @@ FIELDS = {
     "data.count_frames": Field(
         "bool", False, "Count the frame files in each folder and ignore the number of frames in the list."
     ),
+    "data.on_damage": Field(
+        "str",
+        "accept",
+        "What happens when a part of a video cannot be decoded, or its file is shorter than its header states. "
+        "`accept`: what can be decoded is used, and the log names the video. `error`: it is a video that cannot be "
+        "read, for `data.on_error`.",
+        _one_of("accept", "error"),
+    ),
     "data.on_error": Field(
         "str",
         "stop",
