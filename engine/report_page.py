@@ -213,7 +213,7 @@ def _classes(numbers: Findings) -> str:
     has_top5 = numbers.top5 is not None
     columns = [("Label", "number"), ("Class", "text"), ("Videos", "number"), ("Top-1 %", "number"), ("", "text")]
     columns += [("95 %", "number"), *([("Top-5 %", "number")] if has_top5 else [])]
-    columns += [("Times predicted", "number"), ("Most often taken for", "text")]
+    columns += [("Predicted", "number"), ("Most often taken for", "text")]
     rows = []
     for item in sorted(numbers.classes, key=lambda item: (item.top1.percent, item.label)):
         taken = "<td></td>"
@@ -271,7 +271,7 @@ def _confusion(numbers: Findings) -> str:
 {_table("pair-table", columns, rows, "Search pairs", shown=12)}
 <h3>Confusion matrix</h3>
 <p>Rows are true classes, columns predicted ones. Classes that are confused with each other stand side by side. Blue is
-the diagonal: right answers. Red are errors; the darker, the larger the part of the row's class.
+the diagonal: right answers. Red are errors; the stronger, the larger the part of the row's class.
 <span class="wide-only">Point at the matrix to read it; click to see that part with names below.</span></p>
 <div id="overview" class="scroll" hidden>
 <canvas tabindex="0" role="img" aria-label="confusion matrix of all classes"></canvas></div>
