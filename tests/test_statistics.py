@@ -56,6 +56,8 @@ def test_the_interval_of_a_difference_covers_the_truth_95_times_of_100():
         low, high = paired_difference(only_first, only_second, n)
         covered += low <= 0.04 <= high
     assert 0.935 < covered / 2000 < 0.97
+    # By hand: (9.5 - 3.5) / 62 and 1.95996 * sqrt(13 - 36 / 62) / 62
+    assert paired_difference(3, 9, 60) == pytest.approx((-0.01463, 0.20818), abs=2e-5)
 
 
 def test_calibration_error_is_the_mean_gap_of_the_bins():
