@@ -469,6 +469,7 @@ PROTOCOL_WORDS = {
     "test_clips": "clips of a video",
     "list": "list of the videos",
     "decoder": "decoder of video files",
+    "accepted_changes": "changes since the training",
     "model_sha256": "SHA-256 of the trained weights",
     "list_sha256": "SHA-256 of the list",
 }
@@ -479,7 +480,7 @@ def _facts(protocol: dict[str, Any], facts: dict[str, Any]) -> str:
         f'<tr><th scope="row">{text(PROTOCOL_WORDS.get(key, key))}</th>'
         f"<td><code>{name_of(_plain(value))}</code></td></tr>"
         for key, value in {**protocol, **facts}.items()
-        if value is not None
+        if value not in (None, {}, [])
     )
     return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
 

@@ -151,9 +151,9 @@ def test_it_says_where_a_reproduction_departs(tested, motion_root, tmp_path, say
     assert "\n  frames: " in out and "other frames (or another crop)" in out and "\n  pixels: " not in out
     out = say(reference, tested("pixels", copied(motion_root, tmp_path / "encoded", encode)))
     assert "\n  pixels: " in out and "the same frames, other pixels" in out and "\n  frames: " not in out
-    out = say(reference, tested("segments", "data.num_segments=5"))
+    out = say(reference, tested("segments", "data.num_segments=5", "--accept_changes"))
     assert "frames: num_segments 4 -> 5" in out
-    out = say(reference, tested("resize", "data.resize=40"))
+    out = say(reference, tested("resize", "data.resize=40", "--accept_changes"))
     assert "pixels: resize 32 -> 40" in out and "\n  frames: " not in out
 
 

@@ -55,7 +55,7 @@ def test_scores_in_order_and_reversed_are_those_of_test_py_on_such_frames(tested
         for number in range(1, 7):
             shutil.copy(video / f"img_{number:05d}.jpg", tmp_path / "back" / video.name / f"img_{7 - number:05d}.jpg")
     # Six frames of six, so that the reversed video has the reversed clip.
-    six = ["data.num_segments=6"]
+    six = ["data.num_segments=6", "--accept_changes"]
     motion_test.main([*tested, *six])
     in_order = score_run(*tested, tmp_path / "a.npz", *six)["scores"]
     back = score_run(*tested, tmp_path / "b.npz", *six, f"data.val_root={tmp_path / 'back'}")["scores"]
@@ -105,6 +105,8 @@ def test_a_line_of_pairs_that_is_none_is_named(tmp_path, text):
 
 
 def test_what_cannot_be_tested_is_refused(tested, tmp_path):
+    with pytest.raises(ConfigError, match="data.num_segments was 4 and is 3 now.*--accept_changes"):
+        motion_test.main([*tested, "data.num_segments=3"])
     with pytest.raises(ConfigError, match="data.num_segments: clips of one frame have no motion"):
         motion_test.main([*tested, "data.num_segments=1"])
     (tmp_path / "u.txt").write_text("val_00000 6 -1\n")

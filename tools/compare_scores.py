@@ -26,7 +26,7 @@ from engine.statistics import mcnemar_p, paired_difference, wilson_interval
 from utils.atomic import probe, write_text
 from utils.errors import DataError, run_program
 
-FRAME_KEYS = ("num_segments", "protocol", "dense", "index_base", "test_clips")
+FRAME_KEYS = ("num_segments", "protocol", "dense", "index_base", "count_frames", "test_clips")
 PIXEL_KEYS = ("resize", "input_size", "mean", "std", "test_crops", "decoder")
 SHAPE_KEYS = ("resize", "input_size", "test_crops")  # of PIXEL_KEYS
 ROUNDING = 2e-3  # of a score: what another machine or a fast form changes

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import UNLABELLED, csv_rows
 from datasets.loaders import VideoLoader, build_eval_loader, check_shared_memory
 from engine.class_names import class_order
-from engine.configuration import read_config
+from engine.configuration import changed_since_training, read_config
 from engine.loops import view_outputs, view_scores
 from engine.memory import explaining_memory
 from engine.motion import IN_ORDER, REVERSED, SHUFFLED, STILL, above_chance, reversal_pairs, variants
 from engine.report import printable, ranks
 from engine.statistics import wilson_interval
-from modules import build_model
-from modules.checkpoint import holds_tower, load_model_state, read_checkpoint
+from modules.checkpoint import read_checkpoint
+from modules.tower_files import load_whole_model
 from utils.atomic import probe, write_text
 from utils.distributed import init_distributed
 from utils.errors import ConfigError, DataError, run_program
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--list", type=int, default=10, metavar="N", help="classes shown (default 10)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each class")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled orders (default 0)")
+    parser.add_argument("--accept_changes", action="store_true", help="as of test.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.config, args.overrides, purpose="test")
@@ -52,19 +53,27 @@ def main(argv: list[str]) -> None:
         raise ConfigError("data.num_segments: clips of one frame have no motion to test; it must be at least 2")
     if args.csv:
         probe(args.csv)
+    checkpoint = read_checkpoint(args.checkpoint)
+    changes = changed_since_training(checkpoint, args.checkpoint, config)
+    if changes and not args.accept_changes:
+        words = "; ".join(
+            f"{key} was {values['trained']} and is {values['now']} now" for key, values in changes.items()
+        )
+        raise ConfigError(
+            f"{args.checkpoint}: {words}: the weights would get what they were not trained with; leave these keys at "
+            "the checkpoint's values, or add --accept_changes"
+        )
     device = init_distributed(config.solver.timeout_minutes)
     precision = resolve_precision(config.solver.precision, device)
-    loader = build_eval_loader(config, unlabelled=True)
+    loader = build_eval_loader(config, unlabelled=True, every_video=True)
     dataset = loader.dataset
     if dataset.labels[0] == UNLABELLED:
         raise DataError(f"{config.data.val_list}: no labels, which this test needs")
-    checkpoint = read_checkpoint(args.checkpoint)
     trained_names = checkpoint.get("class_names")
     order = class_order(dataset.class_names, trained_names, args.checkpoint, config.test.remap_labels)
     names = dataset.class_names or trained_names or [f"class {label}" for label in range(config.data.num_classes)]
     pairs = read_pairs(args.pairs, names) if args.pairs else reversal_pairs(names)
-    model = build_model(config, load_tower=not holds_tower(checkpoint))
-    load_model_state(model, checkpoint, args.checkpoint)
+    model = load_whole_model(config, checkpoint, args.checkpoint)
     model.place(device, compile_backbone=config.solver.compile)
     check_shared_memory(loader)
 
