@@ -249,7 +249,8 @@ class WindowStream(Iterator[Window]):
 
     def _as_they_come(self, frames: Iterator[GridFrame]) -> Generator[GridFrame]:
         """Grid frames of a live source, read in a thread: if they come too fast, the oldest are dropped and counted."""
-        arrived: queue.Queue[GridFrame | BaseException | None] = queue.Queue(self._num_frames)
+        # Room for a window and for the mark of the end.
+        arrived: queue.Queue[GridFrame | BaseException | None] = queue.Queue(self._num_frames + 1)
         stopped = threading.Event()
 
         def put(item: GridFrame | BaseException | None) -> None:
