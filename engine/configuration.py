@@ -1,6 +1,7 @@
 """The resolved configuration: values that a file leaves open are derived once, right after loading."""
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from dotmap import DotMap
 
 from datasets.sampling import protocol_of
 from datasets.transforms import protocol_resize
+from engine.sinks import NO_WANDB
 from modules.backbones import find_architecture, stated_pixels
+from modules.pretrained import find_weight_file
 from utils.config import Purpose, config_from_dict, load_config, resize_problem
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
@@ -45,7 +48,24 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
     """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`."""
-    return resolve_config(load_config(path, overrides, purpose))
+    return resolve_config(load_config(path, overrides, purpose, missing_parts if purpose == "train" else None))
+
+
+def missing_parts(values: dict[str, Any]) -> list[str]:
+    """What a training needs beside lists and roots and does not find: the tower's weights, the package of a sink.
+
+    With a checkpoint to start from, weights are not missing: it may hold the tower.
+    """
+    missing = []
+    if values["logging.wandb"] is not None and importlib.util.find_spec("wandb") is None:
+        missing.append(NO_WANDB)
+    needs_weights = values["network.init"] and values["network.weights"] is None
+    if needs_weights and values["resume"] is None and values["pretrain"] is None:
+        try:
+            find_weight_file(find_architecture(values["network.arch"]), values["network.arch"], None)
+        except ConfigError as error:
+            missing.append(error.line)
+    return missing
 
 
 def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap:
