@@ -220,33 +220,41 @@ def decode_all(path: str | Path, damage: Damage | None = None) -> Iterator[Any]:
     damage = Damage() if damage is None else damage
     av = _import("av")
     with open_container(path) as container:
-        stream, packets, frames = _video_stream(container), 0, 0
-        one_each = stream.codec_context.name in FRAME_IN_EACH_PACKET
         try:
-            for packet in container.demux(stream):
-                packets += packet.size > 0 and not packet.is_discard
-                try:
-                    decoded = packet.decode()
-                except av.FFmpegError:
-                    if strict:
-                        raise
-                    damage.packets += 1
-                    continue
-                for frame in decoded:
-                    frames += 1
-                    damage.frames += frame.is_corrupt
-                    yield frame
+            yield from decoded_frames(container, damage, strict)
         except av.FFmpegError:
             if strict:
                 raise
             damage.packets += 1
             with contextlib.suppress(av.FFmpegError):
-                for frame in stream.codec_context.decode(None):
-                    frames += 1
+                for frame in _video_stream(container).codec_context.decode(None):
                     damage.frames += frame.is_corrupt
                     yield frame
-        if one_each:
-            damage.lost += max(0, packets - damage.packets - frames)
+
+
+def decoded_frames(container: Any, damage: Damage, strict: bool = False) -> Iterator[Any]:
+    """Yield the frames of an opened container as PyAV frames; `damage` counts packets that are skipped.
+
+    Raises:
+        av.FFmpegError: the container cannot be read further, or, if `strict`, a packet cannot be decoded.
+    """
+    av = _import("av")
+    stream, packets, frames, failed = _video_stream(container), 0, 0, 0
+    for packet in container.demux(stream):
+        packets += packet.size > 0 and not packet.is_discard
+        try:
+            decoded = packet.decode()
+        except av.FFmpegError:
+            if strict:
+                raise
+            damage.packets, failed = damage.packets + 1, failed + 1
+            continue
+        for frame in decoded:
+            frames += 1
+            damage.frames += frame.is_corrupt
+            yield frame
+    if stream.codec_context.name in FRAME_IN_EACH_PACKET:
+        damage.lost += max(0, packets - failed - frames)
 
 
 def upright_frames(path: str | Path) -> Iterator[np.ndarray]:

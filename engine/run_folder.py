@@ -105,7 +105,7 @@ class RunFolder:
             ConfigError: the disk has no room for the checkpoints that the folder will hold.
         """
         best = [BEST] if config.solver.ema is None else [BEST, BEST_EMA]
-        files = 1 + len(best) + config.logging.keep  # the newest ones, the best ones, and the one that is being written
+        files = len(best) + config.logging.keep + 1  # the best ones, the newest ones, the one that is being written
         there = sum(
             path.stat().st_size
             for path in [*checkpoints(self.path), *(self.path / name for name in best)]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from dotmap import DotMap
 
 from datasets.annotations import UNLABELLED, VideoRecord, numbered_lines
@@ -14,6 +15,7 @@ from datasets.video_files import VIDEO_SUFFIXES
 from utils.errors import DataError
 
 LIST_SUFFIX = ".txt"
+FRAMES_AT_ONCE = 64  # of a folder that are in memory together
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -159,6 +161,14 @@ class PathReader:
         fitting = template_of(images[0])
         remedy = f"set data.image_tmpl={fitting}" if fitting else "name frames by their number"
         return f"its files are named like {images[0]}, but frames like {self._image_tmpl} are expected; {remedy}"
+
+
+def folder_frames(folder: str, data: DotMap) -> Iterator[np.ndarray]:
+    """Every frame of a folder, uint8 (H, W, 3), in order and in bounded memory. Raises DataError."""
+    record, reader = _record(folder, "the command line"), PathReader(data)
+    num_frames = reader.open(record).num_frames
+    for start in range(0, num_frames, FRAMES_AT_ONCE):
+        yield from reader.open(record).read(range(start, min(start + FRAMES_AT_ONCE, num_frames)))
 
 
 def template_of(name: str) -> str | None:

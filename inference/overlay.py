@@ -12,13 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import open_container, upright_frames
-from inference.inputs import PathReader
+from inference.inputs import folder_frames
 from utils.atomic import write_atomically
 from utils.errors import DataError
 
 FOLDER_RATE = Fraction(25)  # frames a second of a folder, which says nothing about time
 SMALLEST = 240  # pixels of the shorter side: smaller frames are enlarged, so that text can be read
-FRAMES_AT_ONCE = 64
 
 
 def write_overlay(path: Path, record: VideoRecord, data: DotMap, top: list[tuple[str, float]]) -> None:
@@ -76,13 +75,7 @@ def draw_classes(frame: np.ndarray, top: list[tuple[str, float]]) -> Image.Image
 
 def all_frames(record: VideoRecord, data: DotMap) -> Iterator[np.ndarray]:
     """Every frame of a video, uint8 (H, W, 3), in bounded memory."""
-    if not os.path.isdir(record.path):
-        yield from upright_frames(record.path)
-        return
-    reader = PathReader(data)
-    num_frames = reader.open(record).num_frames
-    for start in range(0, num_frames, FRAMES_AT_ONCE):
-        yield from reader.open(record).read(range(start, min(start + FRAMES_AT_ONCE, num_frames)))
+    yield from folder_frames(record.path, data) if os.path.isdir(record.path) else upright_frames(record.path)
 
 
 def frame_rate(path: str) -> Fraction:

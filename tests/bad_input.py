@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 if __name__ == "__main__":
@@ -247,6 +248,24 @@ def media_cases() -> Iterator[Case]:
         yield Case("Frames and videos", what, train_program.main, arguments, files)
 
 
+def checkpoint_bytes(config: dict) -> bytes:
+    """A checkpoint with a configuration, and tensors that fit no model."""
+    content, tensors = io.BytesIO(), {"a": torch.zeros(1)}
+    hashes = {"tower_sha256": "0" * 64, "tower_sha256_but_positions": "0" * 64}
+    torch.save(
+        {
+            "format": "side4video/1",
+            "trained": tensors,
+            "tower": tensors,
+            "tower_file": None,
+            **hashes,
+            "config": config,
+        },
+        content,
+    )
+    return content.getvalue()
+
+
 def file_cases() -> Iterator[Case]:
     contents: dict[str, bytes] = {
         "an empty file": b"",
@@ -260,6 +279,16 @@ def file_cases() -> Iterator[Case]:
         yield Case("Checkpoints", what, test_program.main, test(), {"m.pt": content})
         arguments = train("network.init=True", "network.weights=DIR/w.pt")
         yield Case("Weight files", what, train_program.main, arguments, {"w.pt": content})
+    trained = yaml.safe_load(
+        "{data: {dataset: motion_demo, num_segments: 8, dense: true, batch_size: 2, num_classes: 10, input_size: 32}, "
+        "network: {arch: timm/vit_tiny_patch16_224, side_dim: 64}, solver: {epochs: 1, lr: 0.001}}"
+    )
+    trained["network"]["backbone_kwargs"] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    for what, config, arguments in (
+        ("frames of another number than in training", trained, test()),
+        ("no configuration, not even its own", {}, ["--weights", "DIR/m.pt"]),
+    ):
+        yield Case("Checkpoints", what, test_program.main, arguments, {"m.pt": checkpoint_bytes(config)})
     yield Case("Checkpoints", "a file that is not there", test_program.main, test())
     yield Case("Checkpoints", "a folder", test_program.main, test(weights="DIR/data"))
     yield Case("Checkpoints", "text called .safetensors", test_program.main, test(weights="DIR/m.safetensors"),
@@ -287,7 +316,8 @@ def tool_cases() -> Iterator[Case]:
         ("convert: a source that is not there", convert_checkpoint.main,
          ["DIR/tiny.yaml", "DIR/m.pt", "DIR/o.safetensors"], {}),
         ("download: an unknown name", download_weights.main, ["ViT-X"], {}),
-        ("download: a file of another publisher", download_weights.main, ["EVA02-CLIP-L-14"], {}),
+        ("download: another file in its place", download_weights.main, ["EVA02-CLIP-L-14", "--dir", "DIR"],
+         {"EVA02_CLIP_L_psz14_s4B.pt": b"mine"}),
         ("demo data: no videos", motion_demo.main, ["DIR/demo", "--train_videos", "0"], {}),
         ("demo data: a folder that is in use", motion_demo.main, ["DIR/data/frames"], {}),
         ("utils.config: no arguments", config_program.main, [], {}),

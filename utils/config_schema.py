@@ -104,6 +104,8 @@ class Field:
     """One configuration key.
 
     `kind` is a key of KINDS, `default` is REQUIRED or a value of that kind, `doc` explains the key in sentences.
+    `trained_with` marks a key that decides what the trained weights get of a video: frames, pixels, or tokens of the
+    tower. Another value in a test gives the weights something that they were not trained with, and no error.
     """
 
     kind: str
@@ -111,6 +113,7 @@ class Field:
     doc: str
     rule: Rule | None = None
     optional: bool = False  # None is allowed although it is not the default
+    trained_with: bool = False
 
     @property
     def must(self) -> str:
@@ -210,6 +213,7 @@ FIELDS = {
         "Rules for frame sampling, resize and grayscale: those for Kinetics or those for Something-Something. None: "
         "`something` if `data.dataset` contains that word, otherwise `kinetics`.",
         _one_of("kinetics", "something"),
+        trained_with=True,
     ),
     "data.modality": Field(
         "str", "RGB", "`RGB` reads folders of frames, `video` reads video files.", _one_of("RGB", "video")
@@ -224,7 +228,7 @@ FIELDS = {
         "or VP9 in mp4, mov, mkv or webm.",
         _one_of("pyav", "decord", "auto"),
     ),
-    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _from_to(1, 1024)),
+    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _from_to(1, 1024), trained_with=True),
     "data.batch_size": Field("int", REQUIRED, "Training videos in a batch of each process.", _from_to(1, 65536)),
     "data.workers": Field(
         "int",
@@ -243,10 +247,17 @@ FIELDS = {
         _TEMPLATE,
     ),
     "data.index_base": Field(
-        "int", 1, "Number of the first frame file in a folder.", Rule("0 or 1", lambda base: base in (0, 1))
+        "int",
+        1,
+        "Number of the first frame file in a folder.",
+        Rule("0 or 1", lambda base: base in (0, 1)),
+        trained_with=True,
     ),
     "data.count_frames": Field(
-        "bool", False, "Count the frame files in each folder and ignore the number of frames in the list."
+        "bool",
+        False,
+        "Count the frame files in each folder and ignore the number of frames in the list.",
+        trained_with=True,
     ),
     "data.on_damage": Field(
         "str",
@@ -285,9 +296,15 @@ FIELDS = {
     ),
     "data.label_list": Field("file", None, "Class names in a csv file with the header `id,name`."),
     "data.input_size": Field(
-        "int", None, "Height and width of the model's input in pixels. None: the tower's.", _from_to(1, 4096)
+        "int",
+        None,
+        "Height and width of the model's input in pixels. None: the tower's.",
+        _from_to(1, 4096),
+        trained_with=True,
     ),
-    "data.resize": Field("int or list of int", None, "Size of a frame before cropping. None: the protocol's.", _RESIZE),
+    "data.resize": Field(
+        "int or list of int", None, "Size of a frame before cropping. None: the protocol's.", _RESIZE, trained_with=True
+    ),
     "data.flip": Field(
         "bool",
         True,
@@ -299,12 +316,14 @@ FIELDS = {
         None,
         "Mean of red, green and blue, subtracted from pixels between 0 and 1. None: that of the tower's training.",
         _MEAN,
+        trained_with=True,
     ),
     "data.std": Field(
         "list of float",
         None,
         "Standard deviation that pixels are then divided by. None: that of the tower's training.",
         _STD,
+        trained_with=True,
     ),
     "data.random_shift": Field("bool", True, "Draw training frames at random. False: take the frames of validation."),
     "data.num_sample": Field(
@@ -319,13 +338,18 @@ FIELDS = {
         "bool",
         False,
         "Take frames from a window of 128 frames, not from the whole video. `data.num_segments` must be at most 128.",
+        trained_with=True,
     ),
     "data.shot": Field(
         "int", None, "Train on this many videos of each class only. `seed` chooses them.", _from_to(1, 1000000)
     ),
     # network
     "network.arch": Field(
-        "str", REQUIRED, "The frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY
+        "str",
+        REQUIRED,
+        "The frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.",
+        _NOT_EMPTY,
+        trained_with=True,
     ),
     "network.init": Field(
         "bool", True, "Load the tower's weights from `clip_pretrain/`. False: leave the tower random."
@@ -336,7 +360,7 @@ FIELDS = {
         "Another weight file of the tower than the one in `clip_pretrain/`. `hub`: timm downloads its weights.",
     ),
     "network.backbone_kwargs": Field(
-        "dict", {}, "Arguments that timm builds the tower with. They replace all of those in `base`."
+        "dict", {}, "Arguments that timm builds the tower with. They replace all of those in `base`.", trained_with=True
     ),
     "network.drop_fc": Field("float", 0.0, "Dropout probability before the classifier.", _FRACTION),
     "network.side_dim": Field(
@@ -349,6 +373,7 @@ FIELDS = {
         "EVA-CLIP, "
         "otherwise `pre`.",
         _one_of("pre", "post"),
+        trained_with=True,
     ),
     "network.side_layers": Field(
         "layers",
@@ -356,6 +381,7 @@ FIELDS = {
         "Tower blocks that the side network reads, counted from 0. None: `all` for the variant `pre`, `every2` (1, 3, "
         "5, "
         "...) for `post`. The tower stops after the last block that is read.",
+        trained_with=True,
     ),
     "network.backbone_dtype": Field(
         "str",
@@ -514,12 +540,16 @@ folder that the program runs in, which is the repository root. Only the path in 
 unknown key is an error that names the nearest key.
 
 A value that is None because the protocol or the tower decides it is filled in right after loading
-(`engine/configuration.py`). The `config.yaml` in the folder of a run holds the values that were filled in."""
+(`engine/configuration.py`). The `config.yaml` in the folder of a run holds the values that were filled in.
+
+A checkpoint holds the configuration of its training. These keys decide which frames, pixels and tokens its weights get,
+and `test.py` refuses other values than the checkpoint's, unless `--accept_changes` is given: {trained_with}."""
 
 
 def markdown() -> str:
     """Return the text of docs/configuration.md."""
-    lines = [_HEAD]
+    trained_with = ", ".join(f"`{key}`" for key, field in FIELDS.items() if field.trained_with)
+    lines = [_HEAD.format(trained_with=trained_with)]
     for section, title in {"": "the run", **SECTIONS}.items():
         fields = {key: field for key, field in FIELDS.items() if key.rpartition(".")[0] == section}
         rows = [(f"`{key}`", field.must, _code(field.default), field.doc) for key, field in fields.items()]
