@@ -142,11 +142,8 @@ def train_in(
         progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config, average)
         folder.carry_best(source, progress)
     sinks = open_sinks(folder.path, config, len(train_loader)) if get_rank() == 0 else []
-    folder.begin(
-        config,
-        checkpoint_bytes(model, model_part, average is not None),
-        *((source, start) if resumed else (None, None)),
-    )
+    size = checkpoint_bytes(model, model_part, average is not None)
+    folder.begin(config, size, source if resumed else None, start if resumed else None)
     reporter.attach(sinks, wants_batch=not resumed or not (folder.path / PICTURE).exists())
 
     def state(epoch: int, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:

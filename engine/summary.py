@@ -65,11 +65,8 @@ def _checks(config: DotMap, steps: int) -> list[str]:
     lines = [f"validation: every {logging.eval_freq} epoch(s){skipped}, one view; the best top-1 is kept{ends}"]
     if solver.ema is not None:
         reach = 1 / (1 - solver.ema)
-        late = (
-            f"; only {steps * solver.epochs} are made, so it stays near the start"
-            if reach > steps * solver.epochs
-            else ""
-        )
+        made = steps * solver.epochs
+        late = f"; only {made} are made, so it stays near the start" if reach > made else ""
         lines.append(
             f"average: of about the last {reach:.0f} updates{late}; evaluated beside the weights, its best is "
             "model_best_ema.pt"
