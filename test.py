@@ -137,6 +137,7 @@ def test(
 
     # Data first: a list without labels is refused before a large model is loaded.
     views = {"rank": get_rank(), "world_size": get_world_size(), "clips": clips, "crops": crops, "unlabelled": True}
+    views["every_video"] = True  # scores of all, whatever data.min_frames
     loader = build_eval_loader(config, **views)
     dataset = loader.dataset
     if dataset.labels[0] == UNLABELLED and not scores_only:
@@ -170,7 +171,7 @@ def test(
             partial.write()
         raise
     result = Scores(
-        paths=[record.path for record in dataset.records],
+        paths=[record.name for record in dataset.records],
         labels=dataset.labels,
         scores=scores if order is None else scores[:, order],
         damaged=np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged]),

@@ -10,7 +10,7 @@ import functools
 import importlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -184,9 +184,7 @@ class PyAVDecoder:
             del self.num_frames  # counted anew
             if self.num_frames != promised:
                 raise FrameCountError(promised, self.num_frames)
-        wanted, convert = set(indices), Converter()
-        frames = itertools.islice(self._held or decode_all(self._path, Damage()), indices[-1] + 1)
-        return [convert(frame) for index, frame in enumerate(frames) if index in wanted]
+        return pick(self._held or decode_all(self._path, Damage()), indices)
 
     def _count(self) -> int:
         if self.decodes_twice:
@@ -257,6 +255,12 @@ def decoded_frames(container: Any, damage: Damage, strict: bool = False) -> Iter
         damage.lost += max(0, packets - failed - frames)
 
 
+def pick(frames: Iterable[Any], indices: Sequence[int]) -> list[np.ndarray]:
+    """Return the PyAV frames at ascending, distinct indices as RGB, those that there are; takes no later frame."""
+    wanted, convert = set(indices), Converter()
+    return [convert(frame) for index, frame in enumerate(itertools.islice(frames, indices[-1] + 1)) if index in wanted]
+
+
 def upright_frames(path: str | Path) -> Iterator[np.ndarray]:
     """Every frame that PyAVDecoder has, in order, RGB uint8 (H, W, 3), one at a time and in bounded memory."""
     yield from map(Converter(), decode_all(path, Damage()))
@@ -316,10 +320,42 @@ def read_packet_table(path: str) -> PacketTable | None:
     They do if the file is mp4, mov, mkv or webm with H.264 or VP9, every packet is intact and shows exactly one frame,
     and `presentation` finds the order of the frames.
     """
-    av, container_format = _import("av"), _timed_container(path)
-    if container_format is None or os.path.getsize(path) > MOST_HELD:
+    if os.path.getsize(path) > MOST_HELD:
         return None
-    packets, pictures = [], []
+    try:
+        with described_packets(path) as (codec, packets):
+            return packet_table(codec, list(packets))
+    except Undescribed:
+        return None
+
+
+def packet_table(codec: Any, described: Sequence[tuple[Any, Picture]]) -> PacketTable | None:
+    """Return the table of packets and what their headers say; None if `presentation` finds no order."""
+    packets, pictures = [packet for packet, _ in described], [picture for _, picture in described]
+    if (found := presentation([packet.pts for packet in packets], pictures)) is None:
+        return None
+    order, entries = found
+    shown = [number for number in order if not packets[number].is_discard]
+    return PacketTable(codec, packets, pictures, shown, entries)
+
+
+class Undescribed(Exception):
+    """The headers of the packets do not describe every frame, or the file cannot be read."""
+
+
+@contextlib.contextmanager
+def described_packets(path: str, time: int | None = None) -> Iterator[tuple[Any, Iterator[tuple[Any, Picture]]]]:
+    """Open a file; gives its codec context, and an iterator of its packets and what their headers say.
+
+    Args:
+        time: start at a key frame near this time, in units of the stream's time base, and not at the first packet.
+
+    Raises:
+        Undescribed: also while the packets are iterated.
+    """
+    av, container_format = _import("av"), _timed_container(path)
+    if container_format is None:
+        raise Undescribed
     # FFmpeg decodes the beginning of a file when it opens it, unless no decoder is allowed. Opening is then about ten
     # times faster.
     options = {"codec_whitelist": "none"}
@@ -329,24 +365,23 @@ def read_packet_table(path: str) -> PacketTable | None:
             codec = stream.codec_context
             codec.options = {"strict": "1"}  # FFmpeg otherwise guesses the reordering of streams that do not state it
             if (parse := _header_parser(codec.name, codec.extradata or b"")) is None:
-                return None
-            for packet in container.demux(stream):
-                if packet.size == 0 and packet.pts is None:
-                    continue  # the empty packet at the end of the stream
-                # "new_extradata" holds new parameter sets, which would be lost if this packet were skipped.
-                usable = not packet.is_corrupt and not packet.has_sidedata("new_extradata")
-                picture = parse(memoryview(packet)) if usable else None
-                if picture is None:
-                    return None
-                packets.append(packet)
-                pictures.append(picture)
-    except av.FFmpegError:
-        return None
-    if (found := presentation([packet.pts for packet in packets], pictures)) is None:
-        return None
-    order, entries = found
-    shown = [number for number in order if not packets[number].is_discard]
-    return PacketTable(codec, packets, pictures, shown, entries)
+                raise Undescribed
+            if time is not None:
+                container.seek(time, stream=stream)
+            yield codec, _described(container.demux(stream), parse)
+    except av.FFmpegError as error:
+        raise Undescribed from error
+
+
+def _described(packets: Iterator[Any], parse: Callable[[memoryview], Picture | None]) -> Iterator[tuple[Any, Picture]]:
+    for packet in packets:
+        if packet.size == 0 and packet.pts is None:
+            continue  # the empty packet at the end of the stream
+        # "new_extradata" holds new parameter sets, which would be lost if this packet were skipped.
+        usable = not packet.is_corrupt and not packet.has_sidedata("new_extradata")
+        if (picture := parse(memoryview(packet)) if usable else None) is None:
+            raise Undescribed
+        yield packet, picture
 
 
 def presentation(times: Sequence[int | None], pictures: Sequence[Picture]) -> tuple[list[int], list[int]] | None:

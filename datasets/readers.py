@@ -16,9 +16,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from datasets.annotations import VideoRecord
+from datasets.annotations import COLUMNS, SEGMENT_COLUMNS, VideoRecord
 from datasets.decoders import DECODERS, Damage, FrameCountError, VideoDecoder, describe_damage, is_mpeg_stream
+from datasets.frame_archives import SUFFIX, Frames, open_frames
 from datasets.frame_files import frame_pattern
+from datasets.segments import SegmentDecoder, SegmentError
 from utils.errors import DataError, UserError
 
 MOST_PIXELS = 100 * 10**6  # of an image; a damaged or hostile header must not fill the memory
@@ -86,10 +88,11 @@ class FrameBuffers:
 
 
 class FrameFolderReader:
-    """Reads videos that are stored as one image file per frame.
+    """Reads videos that are stored as one image file per frame, in a folder `path` or packed in a file `path.zip`.
 
-    Index i is the file `image_tmpl.format(i + index_base)`. The number of frames is that of the list or, with
-    `count_frames`, the number of files in the folder that are named as `image_tmpl` names a number.
+    Index i is the file `image_tmpl.format(i + index_base)`, after the first frame of a segment. The number of frames is
+    that of the list or, with `count_frames`, the number of files in the folder that are named as `image_tmpl` names a
+    number.
     """
 
     def __init__(self, root: str, image_tmpl: str, count_frames: bool = False, index_base: int = 1):
@@ -97,6 +100,9 @@ class FrameFolderReader:
         self.image_tmpl = image_tmpl
         self.count_frames = count_frames
         self.index_base = index_base
+        self._below, self._template = os.path.split(image_tmpl)
+        if "{" in self._below or "}" in self._below:  # the number may be in the name of a folder
+            self._below, self._template = "", image_tmpl
         self._free_blocks: list[np.ndarray] = []  # of FrameBuffers
 
     def open(self, record: VideoRecord) -> OpenedVideo:
@@ -106,7 +112,8 @@ class FrameFolderReader:
         buffers, complaints = FrameBuffers(self._free_blocks), dict[str, str]()
 
         def read(indices: Sequence[int]) -> list[np.ndarray]:
-            return [self._read_frame(record, num_frames, index, buffers, complaints) for index in indices]
+            with self._frames(record) as frames:
+                return [self._read_frame(frames, record, num_frames, index, buffers, complaints) for index in indices]
 
         def damage() -> str | None:
             if not complaints:
@@ -117,27 +124,43 @@ class FrameFolderReader:
 
         return OpenedVideo(num_frames, read, buffers.release, damage)
 
+    def _frames(self, record: VideoRecord) -> Frames:
+        """Raises DataError for a packed file that is not complete."""
+        try:
+            return open_frames(os.path.join(self.root, record.path, self._below))
+        except DataError as error:
+            raise DataError(f"{error.line}; listed at {record.source}") from error
+
     def _count(self, record: VideoRecord) -> int:
-        folder, template = os.path.split(os.path.join(self.root, record.path, self.image_tmpl))
-        pattern = frame_pattern(template)
-        files = os.listdir(folder) if os.path.isdir(folder) else []
+        pattern = frame_pattern(self._template)
+        files: set[str] = set()
+        with self._frames(record) as frames, contextlib.suppress(OSError):
+            files = frames.names()
         if count := sum(pattern.fullmatch(file) is not None for file in files):
             return count
         advice = "check the data root and data.image_tmpl"
-        if os.path.isfile(folder):
+        if os.path.isfile(frames.path) and not frames.path.endswith(SUFFIX):
             advice = "data.modality: video reads video files"
-        raise DataError(f"{folder}: no file like {template}; listed at {record.source}; {advice}")
+        raise DataError(f"{frames.path}: no file like {self._template}; listed at {record.source}; {advice}")
 
     def _read_frame(
-        self, record: VideoRecord, num_frames: int, index: int, buffers: FrameBuffers, complaints: dict[str, str]
+        self,
+        frames: Frames,
+        record: VideoRecord,
+        num_frames: int,
+        index: int,
+        buffers: FrameBuffers,
+        complaints: dict[str, str],
     ) -> np.ndarray:
-        path = os.path.join(self.root, record.path, self.image_tmpl.format(index + self.index_base))
+        name = self._template.format(index + (record.first_frame or 0) + self.index_base)
+        path = os.path.join(frames.path, name)
         try:
-            with open(path, "rb", opener=_open_at_once) as file:
-                pixels, complaint = decode_image(file.read(), buffers)
+            pixels, complaint = decode_image(frames.read(name), buffers)
             if complaint is not None:
                 complaints[path] = complaint
             return pixels
+        except UserError as error:  # of a packed file, which it names
+            raise DataError(f"{error.line}; listed at {record.source}") from error
         except Exception as error:  # for broken files Pillow raises many types, among them SyntaxError and struct.error
             if isinstance(error, FileNotFoundError):
                 problem = "frame missing"
@@ -149,11 +172,6 @@ class FrameFolderReader:
                 problem, advice = f"frame unreadable ({reason})", "extract it again"
             listed = f"listed at {record.source} with {num_frames} frames{', as counted' if self.count_frames else ''}"
             raise DataError(f"{path}: {problem}; {listed}; {advice}") from error
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting: opening a pipe among the frames waits for somebody who writes into it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class TooManyPixels(Exception):
@@ -229,8 +247,10 @@ class VideoFileReader:
         if not os.path.isfile(path):
             raise DataError(
                 f"{path}: no such video; listed at {record.source}; "
-                "check the data root, and that lines read 'path label'"
+                f"check the data root, and that lines read '{self._line(record)}'"
             )
+        if record.first_frame is not None:
+            return self._open_segment(path, record, record.first_frame)
         name = "pyav" if self.decoder == "auto" else self.decoder
         # decord, too, takes what precedes a colon for a protocol, except in an absolute path.
         absolute = os.path.abspath(path)
@@ -243,12 +263,24 @@ class VideoFileReader:
             with _named_errors(path, record, name):
                 return decoder.read(indices)
 
-        def damage() -> str | None:
-            found = describe_damage(path, decoder.damage)
-            return f"{path}: damaged ({found}); listed at {record.source}" if found else None
-
         with _named_errors(path, record, name):
-            return OpenedVideo(decoder.num_frames, read, damage=damage)
+            return OpenedVideo(decoder.num_frames, read, damage=lambda: _damage_of(path, record, decoder.damage))
+
+    @staticmethod
+    def _line(record: VideoRecord) -> str:
+        return " ".join(COLUMNS["video"] if record.first_frame is None else SEGMENT_COLUMNS)
+
+    def _open_segment(self, path: str, record: VideoRecord, first: int) -> OpenedVideo:
+        assert record.num_frames is not None  # lists of segments have this column
+        name = "decord" if self.decoder == "decord" else "pyav"
+        with _named_errors(path, record, name):
+            segment = SegmentDecoder(path, first, record.num_frames, DECODERS[name] if name == "decord" else None)
+
+        def read(indices: Sequence[int]) -> list[np.ndarray]:
+            with _named_errors(path, record, name):
+                return segment.read(indices)
+
+        return OpenedVideo(segment.num_frames, read, damage=lambda: _damage_of(path, record, segment.damage))
 
 
 class _DecordOrPyAV:
@@ -281,6 +313,11 @@ class _DecordOrPyAV:
         return self._pyav.read(indices)
 
 
+def _damage_of(path: str, record: VideoRecord, met: Damage) -> str | None:
+    found = describe_damage(path, met)
+    return f"{path}: damaged ({found}); listed at {record.source}" if found else None
+
+
 @contextlib.contextmanager
 def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None]:
     """Turn the errors of a decoder into DataErrors that name the file and its line in the list."""
@@ -288,6 +325,8 @@ def _named_errors(path: str, record: VideoRecord, decoder: str) -> Iterator[None
         yield
     except (UserError, FrameCountError):
         raise
+    except SegmentError as error:
+        raise DataError(f"{path}: {error}; listed at {record.source}") from error
     except Exception as error:  # decoders raise many exception types
         # decord puts "[time] file.cc:line: " before its message and a stack trace below it.
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__  # PyAV's has more in new versions

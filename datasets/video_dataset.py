@@ -7,6 +7,7 @@ decoded, and the rest is used.
 Letters: R repeats of a training clip, V views of a test video, T frames of a clip, H, W pixels (both `input_size`).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from datasets.readers import OpenedVideo, Reader
 from datasets.sampling import sample_test, sample_train
 from datasets.transforms import EvalTransform, TrainTransform
 from utils.errors import DataError
-from utils.seeding import epoch_order, sample_rng
+from utils.seeding import balanced_order, epoch_order, sample_rng
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,21 +91,27 @@ class TrainVideoDataset(VideoDataset):
     A sample is {"clips": uint8 (R, T, 3, H, W), "labels": int64 (R,), "indices": int64 (1,)} and depends only on
     (seed, epoch, index). With `random_shift=False` the frames are those of validation.
 
+    With `balance`, an epoch has each class equally often and may have a video several times (see `balanced_order`).
+    The key is then (epoch, index, place), and the sample depends on the place in the epoch's order too.
+
     With `skip_unreadable`, a video that cannot be read is replaced by the next readable one in the order of the epoch,
-    which continues with the first video after the last. "indices" holds the index of the replacement.
+    which continues with the first video after the last. With `balance`, videos of the same class are tried first.
+    "indices" holds the index of the replacement.
     """
 
     transform: TrainTransform
     seed: int
     random_shift: bool = True
     num_sample: int = 1
+    balance: bool = False
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, int]) -> dict[str, Any]:
+        epoch, index, *rest = key
+        place = rest[0] if rest else None
         unreadable: list[tuple[int, str]] = []
-        for candidate in self._order_from(epoch, index):
+        for candidate in self._order_from(epoch, index, place):
             try:
-                clips, labels, damage = self._load(epoch, candidate)
+                clips, labels, damage = self._load(epoch, candidate, place)
             except DataError as error:
                 if not self.skip_unreadable:
                     raise
@@ -114,33 +121,45 @@ class TrainVideoDataset(VideoDataset):
             return {**tensors, "unreadable": unreadable, "damaged": [(candidate, damage)] if damage else []}
         raise DataError(f"none of the {len(self)} training videos can be read; the first: {unreadable[0][1]}")
 
-    def _order_from(self, epoch: int, index: int) -> Iterator[int]:
-        """Yield `index`, then the indices that follow it in the order of the epoch, wrapping around at the end."""
-        yield index
-        order = epoch_order(self.seed, epoch, len(self)).tolist()
-        place = order.index(index)
-        yield from order[place + 1 :] + order[:place]
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the indices in the order of one epoch, int64 (videos,), the same on every process."""
+        if self.balance:
+            return balanced_order(self.seed, epoch, self.labels)
+        return epoch_order(self.seed, epoch, len(self))
 
-    def _load(self, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor, str | None]:
+    def _order_from(self, epoch: int, index: int, place: int | None) -> Iterator[int]:
+        """Yield `index`, then the indices that replace it, in the order in which they are tried."""
+        yield index
+        order = self.order(epoch).tolist()
+        place = order.index(index) if place is None else place
+        following = order[place + 1 :] + order[:place]
+        if self.balance:  # each video once, also those that this epoch has not
+            label = self.records[index].label
+            others = [other for other in dict.fromkeys([*following, *range(len(self))]) if other != index]
+            following = sorted(others, key=lambda other: self.records[other].label != label)
+        yield from following
+
+    def _load(self, epoch: int, index: int, place: int | None) -> tuple[torch.Tensor, torch.Tensor, str | None]:
         """Return clips, uint8 (R, T, 3, H, W), labels, int64 (R,), and the video's damage."""
         record = self.records[index]
         size = self.transform.input_size
         clips = torch.empty(self.num_sample, self.num_segments, 3, size, size, dtype=torch.uint8)
         with self.reader.open(record) as video:
-            _, _, distinct, places = self.read_chosen(video, lambda num_frames: self.sample(num_frames, epoch, index))
+            choose = functools.partial(self.sample, epoch=epoch, index=index, place=place)
+            _, _, distinct, places = self.read_chosen(video, choose)
             damage = video.damage()
             frames = [distinct[place] for place in places]
             labels = [
-                self.transform(frames, record.label, sample_rng(self.seed, epoch, index, repeat), clip)
+                self.transform(frames, record.label, sample_rng(self.seed, epoch, index, repeat, place), clip)
                 for repeat, clip in enumerate(clips)
             ]
         return clips, torch.tensor(labels), damage
 
-    def sample(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+    def sample(self, num_frames: int, epoch: int, index: int, place: int | None = None) -> np.ndarray:
         """Return the frame indices of one sample, int64 (T,)."""
         if not self.random_shift:
             return sample_test(num_frames, self.num_segments, self.protocol, dense=self.dense)[0]
-        rng = sample_rng(self.seed, epoch, index)
+        rng = sample_rng(self.seed, epoch, index, place=place)
         return sample_train(num_frames, self.num_segments, self.protocol, rng, self.dense)
 
 

@@ -17,6 +17,7 @@ from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
 from datasets.video_dataset import VideoDataset
 from engine.averaging import AveragedWeights
+from engine.class_weights import class_weights, weighted_targets
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
 from engine.scores import PartialScores
@@ -52,6 +53,9 @@ def train_one_epoch(
 ) -> float:
     """Train for one epoch and return the mean loss over its last reported stretch.
 
+    The loss is the cross entropy with the targets of `training_input`, each class weighted by `solver.class_weights`
+    as `weighted_targets` says, and the mean over the clips of a batch.
+
     Every random draw of an iteration is a function of (seed, epoch, iteration, process), so an epoch that goes on in
     its middle draws what an unbroken one draws.
 
@@ -67,14 +71,13 @@ def train_one_epoch(
         NonFiniteLossError: at the next report after the step that it names.
     """
     data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
-    mean, std = tuple(data.mean), tuple(data.std)
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
+    weights = class_weights(config, loader, precision.device)
     reporter = reporter or Reporter(config, precision.device)
     reporter.start_epoch(epoch, len(loader), start)
     model.train()
     batches = iter(loader)
     for iteration in range(start, len(loader)):
-        seed_everything(config.seed, epoch, iteration, get_rank())
         with reporter.phase("data"):
             batch = next(batches)
         with reporter.phase("copy"):
@@ -82,9 +85,10 @@ def train_one_epoch(
             labels = batch["labels"].to(precision.device, non_blocking=True)
         with reporter.phase("compute"):
             set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
-            clips = normalize_clips(clips, mean, std)
-            clips, targets = augment(clips, labels, config.seed, epoch, iteration, get_rank())
+            clips, targets = training_input(clips, labels, augment, config, epoch, iteration)
             reporter.batch(clips, targets)
+            if weights is not None:
+                targets = weighted_targets(targets, weights, solver.smoothing)
             update = (iteration + 1) % accumulation == 0
             with nullcontext() if update else model.no_sync():
                 with precision.autocast():
@@ -110,6 +114,26 @@ def clip_gradients(module: nn.Module, largest: float | None) -> Tensor:
     if largest is not None:
         return nn.utils.clip_grad_norm_(module.parameters(), largest)
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def training_input(
+    clips: Tensor, labels: Tensor, augment: BatchAugment, config: DotMap, epoch: int, iteration: int
+) -> tuple[Tensor, Tensor]:
+    """What enters the model in one iteration of training: normalised, erased and mixed.
+
+    Seeds the global generators, also for what the model draws.
+
+    Args:
+        clips: uint8 (B, T, 3, H, W), as the loader gives them.
+        labels: int64 (B,).
+
+    Returns:
+        clips: float32 (B, T, 3, H, W).
+        targets: float32 (B, K), label-smoothed class probabilities.
+    """
+    seed_everything(config.seed, epoch, iteration, get_rank())
+    clips = normalize_clips(clips, tuple(config.data.mean), tuple(config.data.std))
+    return augment(clips, labels, config.seed, epoch, iteration, get_rank())
 
 
 @torch.no_grad()
@@ -188,7 +212,7 @@ def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDatase
     if bad:
         raise NonFiniteScoresError(
             f"the scores of {len(bad)} of {len(scores) - len(unreadable)} readable videos are not finite, the first: "
-            f"{dataset.records[bad[0]].path}; the weights are, or solver.precision is too coarse for them: try an "
+            f"{dataset.records[bad[0]].name}; the weights are, or solver.precision is too coarse for them: try an "
             "earlier checkpoint, or solver.precision=fp32"
         )
 

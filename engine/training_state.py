@@ -19,6 +19,7 @@ from engine.configuration import DERIVED_KEYS
 from engine.reporter import Reporter
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
+from utils.config_schema import FIELDS
 from utils.distributed import get_rank, get_world_size
 from utils.errors import CheckpointError, ConfigError
 
@@ -273,11 +274,14 @@ def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
 def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) for each difference of two configurations as plain dictionaries.
 
-    Derived values that older checkpoints left open (None, or `auto`) do not count.
+    Derived values that older checkpoints left open (None, or `auto`) do not count. A key that is younger than the
+    checkpoint had its default.
     """
     found = []
     for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
+        name = prefix + key
+        default = FIELDS[name].default if name in FIELDS else None
+        a, b = old.get(key, default), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changed_values(a, b, f"{name}.")
         elif a != b and name not in ("resume", "pretrain") and not (name in DERIVED_KEYS and a in (None, "auto")):

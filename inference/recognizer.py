@@ -122,7 +122,7 @@ class Recognizer:
         """float32 (videos, K), the mean over V = crops x clips views of softmax(logits): what test.py writes.
 
         Args:
-            paths: video files and folders of frames, one video each.
+            paths: video files, folders of frames and zip files of frames, one video each.
             crops: 1, 3, 5 or 10 crops of a clip.
             clips: clips of a video.
 
@@ -135,9 +135,9 @@ class Recognizer:
         """The scores of each record, in order, as they are computed; a video that cannot be read stops nothing."""
         for record, num_frames, scores, error in self.outputs(records, self.model, view_scores, crops, clips):
             if scores is None:
-                yield VideoScores(record.path, None, None, 0, error)
+                yield VideoScores(record.name, None, None, 0, error)
             else:
-                yield VideoScores(record.path, num_frames, scores.cpu().numpy(), crops * clips)
+                yield VideoScores(record.name, num_frames, scores.cpu().numpy(), crops * clips)
 
     def features(
         self, path: str | Path, tokens: bool = False, crops: int = 1, clips: int = 1

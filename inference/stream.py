@@ -27,7 +27,7 @@ from PIL import Image
 
 from datasets.decoders import Converter, Damage, decoded_frames, open_container
 from datasets.transforms import EvalTransform, normalize_clips
-from inference.inputs import folder_frames
+from inference.inputs import folder_frames, given_videos, is_video_file
 from modules.side4video import Side4Video
 from utils.errors import ConfigError, DataError, UserError
 from utils.precision import Precision
@@ -230,8 +230,9 @@ class WindowStream(Iterator[Window]):
     def _grid_frames(self) -> Generator[GridFrame]:
         source, name = self._source, name_of(self._source)
         try:
-            if isinstance(source, str | Path) and os.path.isdir(source):
-                yield from self._at_rate(folder_frames(str(source), self._config.data))
+            if isinstance(source, str | Path) and holds_frames(source):
+                (record,) = given_videos([source])
+                yield from self._at_rate(folder_frames(record, self._config.data))
             elif isinstance(source, str | Path | BinaryIO) or hasattr(source, "read"):
                 with open_source(source, self.live, self._stall_seconds) as container:
                     yield from on_grid(timed_frames(container, self.damage), self.spacing)
@@ -353,10 +354,15 @@ def as_pixels(frame: np.ndarray | str | Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def holds_frames(path: str | Path) -> bool:
+    """A folder of frames, or a packed one."""
+    return not is_video_file(str(path))
+
+
 def is_live(source: Source) -> bool:
     """Whether frames come at their own pace: anything that is no file, folder or iterable."""
     if isinstance(source, str | Path):
-        return source == STDIN or not (os.path.isfile(source) or os.path.isdir(source))
+        return source == STDIN or not (os.path.isfile(source) or holds_frames(source))
     return hasattr(source, "read")
 
 

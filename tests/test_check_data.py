@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import write_packets, write_video
 
 from datasets.annotations import VideoRecord, read_annotations
+from tools import check_videos, prepare_data
 from tools.check_data import PRINTED, main
 from tools.check_videos import Task, check_frame_folder
 from utils.errors import DataError, UserError
@@ -635,3 +636,81 @@ def test_an_interruption_is_one_line_and_writes_nothing(frames, tmp_path):
     shutil.rmtree(frames.media / "train 0")
     assert (process.returncode, output, errors) == (1, "", "error: interrupted; nothing was written\n")
     assert not (tmp_path / "report.json").exists() and not (tmp_path / "clean").exists()
+
+
+@pytest.fixture
+def segments(tmp_path, capsys):
+    """Two long videos, each with two segments for training and one for validation."""
+    data = DataSet(tmp_path, capsys, "video")
+    data.data |= {"segments": True, "num_classes": 2, "label_list": None, "flip": False}
+    for name in ("a.mp4", "b.mp4"):
+        write_video(data.media / name, ord(name[0]), 30, VIDEO_SIZE)
+    data.lines = {
+        "train": ["a.mp4 0 10 0", "a.mp4 5 10 1", "b.mp4 20 10 0"],
+        "val": ["a.mp4 20 10 0", "b.mp4 0 10 1"],
+    }
+    return data
+
+
+def test_segments_without_faults_have_no_findings(segments):
+    assert segments.check()[:2] == (0, [])
+
+
+def test_each_fault_of_a_segment_is_named_with_file_and_line(segments):
+    segments.lines["train"] += [
+        "a.mp4 25 6 0",
+        "a.mp4 -1 5 0",
+        "a.mp4 0 10 1",
+        "b.mp4 0 10 1",
+        "b.mp4 5 10 1",
+        "c.mp4 0 1 0",
+    ]
+    status, findings, _ = segments.check()
+    assert status == 1
+    found = [(finding["place"].rpartition(":")[2], finding["kind"], finding["message"]) for finding in findings]
+    assert [(line, kind) for line, kind, _ in found] == [
+        *(("4", "overlap"), ("4", "segment"), ("5", "line"), ("6", "duplicate")),
+        *(("7", "overlap"), ("8", "overlap"), ("9", "missing")),
+    ]
+    assert found[1][2].endswith("a.mp4: the segment is of frames 25 to 30, but the file has 30 frames, from 0")
+    assert "is a validation video too" in found[4][2] and "shares frames with the validation video" in found[5][2]
+
+
+def test_a_long_video_is_decoded_once_for_all_its_segments_and_its_damage_fails_each(segments, monkeypatch):
+    (segments.media / "a.mp4").write_bytes((segments.media / "a.mp4").read_bytes()[:1500])
+    decoded = []
+    check = check_videos.check_video_file
+    monkeypatch.setattr(
+        check_videos, "check_video_file", lambda t, decoder: decoded.append(t.path) or check(t, decoder)
+    )
+    status, findings, _ = segments.check()
+    assert status == 1 and len(decoded) == 2
+    assert sorted(
+        (Path(f["place"].rpartition(":")[0]).stem, f["place"].rpartition(":")[2])
+        for f in findings
+        if f["severity"] == "error"
+    ) == [
+        ("train", "1"),
+        ("train", "2"),
+        ("val", "1"),
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_of_frames_may_not_pass_the_last_frame(tmp_path, capsys, packed):
+    data = DataSet(tmp_path, capsys, "RGB")
+    data.data |= {"segments": True, "num_classes": 2, "label_list": None, "flip": False}
+    for name in "ab":
+        write_frames(data.media / name, ord(name), range(1, 11))
+    data.lines = {"train": ["a 0 5 0", "a 5 5 1", "a 6 5 0"], "val": ["b 0 5 0", "b 5 5 1"]}
+    if packed:
+        prepare_data.main(["pack", str(data.media), str(tmp_path / "packed"), "--workers", "0"])
+        capsys.readouterr()
+        data.data |= {f"{part}_root": str(tmp_path / "packed") for part in ("train", "val")}
+    status, findings, _ = data.check()
+    assert status == 1
+    (finding,) = findings
+    assert (
+        finding["place"].endswith(":3")
+        and "img_00011.jpg missing; 5 frames listed from frame 6 on, 10 files" in finding["message"]
+    )

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from modules.hashing import hash_tensors
 from modules.pretrained import read_state_dict
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError, ConfigError, UserError
+from utils.seeding import epoch_order
 from utils.signals import Stopped, StopSignals
 
 EVERY_AUGMENTATION = ["data.rand_aug=True", "data.rand_erase=True", "solver.mixup=True", "data.num_sample=2"]
@@ -81,7 +83,7 @@ def epoch_lines(folder):
     [
         ["data.batch_size=2"],
         ["data.batch_size=2", "data.workers=2"],
-        ["data.batch_size=1", "data.num_sample=2", "solver.grad_accumulation_steps=2"],
+        ["data.batch_size=1", "data.num_sample=2", "solver.grad_accumulation_steps=2", "data.balance=True"],
         ["data.batch_size=2", *EVERY_AUGMENTATION],
     ],
 )
@@ -226,7 +228,8 @@ def test_a_global_batch_that_cannot_be_shared_is_refused_with_the_numbers():
 @pytest.mark.parametrize(("world", "batch", "accumulation"), [(1, 4, 2), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
 def test_every_update_sees_the_same_videos_on_any_number_of_processes(world, batch, accumulation):
     updates, seen = 5, []
-    samplers = [EpochSampler(43, updates * accumulation * batch, 7, rank, world) for rank in range(world)]
+    order = partial(epoch_order, 7, num_videos=43)
+    samplers = [EpochSampler(order, updates * accumulation * batch, rank, world) for rank in range(world)]
     for sampler in samplers:
         sampler.set_epoch(2, start=2 * accumulation * batch)
         seen.append([index for _, index in sampler])

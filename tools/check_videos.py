@@ -5,8 +5,8 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import av
 import simplejpeg
@@ -14,12 +14,15 @@ from PIL import Image
 
 from datasets.annotations import VideoRecord
 from datasets.decoders import Damage, FrameCountError, decode_all, describe_damage, open_container
+from datasets.frame_archives import Frames, open_frames
 from datasets.frame_files import frame_pattern
 from datasets.readers import JPEG_START, OpenedVideo, VideoFileReader, seen_by_a_person
+from datasets.segments import SegmentError, check_end, count_frames
 from utils.errors import UserError
 
 CHUNK = 1 << 20
 HASH_BYTES = 16
+MOST_FRAMES = 10**7  # of a line whose files are looked up by name; a wrong number must not fill the memory
 WHOLE_SHARE = 0.9  # of the stated length: the last frame may be shown longer, or the sound may outlast the pictures
 
 
@@ -79,10 +82,15 @@ class Checked:
     kinds: frozenset[str] = frozenset()
 
 
-def died(task: Task) -> Checked:
-    """The result for a video whose process ended."""
-    message = f"{task.path}: the process that read it ended: a crash in the decoder, or not enough memory"
-    return Checked([Finding.at(task.record, "error", "unreadable", message)])
+def died(tasks: list[Task]) -> list[Checked]:
+    """The results for videos whose process ended."""
+    message = f"{tasks[0].path}: the process that read it ended: a crash in the decoder, or not enough memory"
+    return [Checked([Finding.at(task.record, "error", "unreadable", message)]) for task in tasks]
+
+
+def check_each(tasks: list[Task], check: Callable[[Task], Checked]) -> list[Checked]:
+    """The results of `check` for each task."""
+    return [check(task) for task in tasks]
 
 
 # Folders of frames
@@ -106,15 +114,41 @@ def frame_folder_findings(
     digest: "hashlib.blake2b",
     kinds: set[str],
 ) -> Iterator[Finding]:
-    """What is wrong with a folder of frames. Updates `digest` with the content of each frame, `kinds` with its kind."""
+    """What is wrong with a folder or zip file of frames. Updates `digest` with the content of each frame, and `kinds`
+    with its kind.
+    """
     record = task.record
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
     try:
-        files = set(os.listdir(folder))
+        frames = open_frames(folder)
+    except UserError as error:
+        yield Finding.at(record, "error", "unreadable", error.line)
+        return
+    with frames:
+        yield from frame_findings(frames, record, template, index_base, count_frames, on_damage, digest, kinds)
+
+
+def frame_findings(
+    frames: Frames,
+    record: VideoRecord,
+    template: str,
+    index_base: int,
+    count_frames: bool,
+    on_damage: str,
+    digest: "hashlib.blake2b",
+    kinds: set[str],
+) -> Iterator[Finding]:
+    """What is wrong with opened frames; arguments of `frame_folder_findings`."""
+    folder = frames.path
+    try:
+        files = frames.names()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         advice = "; data.modality: video reads video files" if isinstance(error, NotADirectoryError) else ""
         reason = getattr(error, "strerror", None) or error
         yield Finding.at(record, "error", "missing", f"{folder}: {reason}{advice}")
+        return
+    except UserError as error:
+        yield Finding.at(record, "error", "unreadable", error.line)
         return
     pattern = frame_pattern(template)
     count = sum(pattern.fullmatch(file) is not None for file in files)
@@ -124,20 +158,19 @@ def frame_folder_findings(
         return
 
     num_frames = count if count_frames else record.num_frames
-    wanted = [template.format(number) for number in range(index_base, index_base + num_frames)]
+    start = index_base + (record.first_frame or 0)
+    wanted = [template.format(number) for number in range(start, start + min(num_frames, MOST_FRAMES))]
     missing = [name for name in wanted if name not in files]
-    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}, {count} files"
-    if index_base == 1:
-        shifted = bool(missing) and template.format(0) in files
-    else:
-        shifted = wanted[0] in missing and template.format(num_frames) in files
-    if shifted:
-        message = f"numbered from {1 - index_base}, not from {index_base}: {missing[0]} is missing; {listed}"
+    since = "" if record.first_frame is None else f" from frame {record.first_frame} on"
+    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}{since}, {count} files"
+    first = min(number for number in map(pattern.number, files) if number is not None)
+    if missing and first != index_base and template.format(first + (record.first_frame or 0) + num_frames - 1) in files:
+        message = f"numbered from {first}, not from {index_base}: {missing[0]} is missing; {listed}"
         yield Finding.at(record, "error", "index_base", f"{folder}: {message}; see data.index_base")
     elif missing:
         kind = "gap" if set(wanted[wanted.index(missing[0]) :]) & files else "count"
         yield Finding.at(record, "error", kind, f"{folder}: {and_more(missing)} missing; {listed}")
-    elif count > num_frames:
+    elif count > num_frames and record.first_frame is None:
         yield Finding.at(record, "warning", "count", f"{folder}: {listed}: the others are never read")
 
     sizes: Counter[tuple[int, int]] = Counter()
@@ -145,10 +178,7 @@ def frame_folder_findings(
     damaged: list[tuple[str, str]] = []
     for name in (name for name in wanted if name in files):
         try:
-            if not os.path.isfile(path := os.path.join(folder, name)) and os.path.exists(path):
-                raise OSError("a pipe, a socket, a device or a folder")  # opening a pipe would wait forever
-            with open(os.path.join(folder, name), "rb") as file:
-                content = file.read()
+            content = frames.read(name)
             digest.update(content)
             size, kind, complaint = decoded(content)
             sizes[size] += 1
@@ -241,6 +271,33 @@ def check_video_file(task: Task, decoder: str, on_damage: str = "accept") -> Che
     if len(sizes) > 1:
         findings.append(Finding.at(record, "warning", "sizes", f"{path}: {shown_sizes(sizes)}"))
     return Checked(findings, digest)
+
+
+def check_segments(tasks: list[Task], decoder: str, on_damage: str = "accept") -> list[Checked]:
+    """Check segments of one video file: the whole file once, and whether each segment lies in it.
+
+    The first segment gets the warnings about the file, each segment the errors.
+    """
+    first = tasks[0]
+    whole = replace(first, record=replace(first.record, num_frames=None, first_frame=None))
+    checked = check_video_file(whole, decoder, on_damage)
+    found, digest = checked.findings, checked.digest
+    errors = [finding for finding in found if finding.severity == "error"]
+    count = None if errors else count_frames(first.path)
+    results = []
+    for task in tasks:
+        record = task.record
+        findings = [replace(finding, place=record.source, path=record.path) for finding in errors]
+        findings += (finding for finding in found if task is first and finding not in errors)
+        try:
+            if count is not None:
+                check_end(record.first_frame, record.num_frames, count)
+        except SegmentError as error:
+            findings.append(Finding.at(record, "error", "segment", f"{task.path}: {error}"))
+        part = f"{record.first_frame} {record.num_frames}".encode()
+        content = None if digest is None else hashlib.blake2b(digest + part, digest_size=HASH_BYTES).digest()
+        results.append(Checked(findings, content))
+    return results
 
 
 def reading_findings(task: Task, decoder: str, num_frames: int) -> Iterator[Finding]:

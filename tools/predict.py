@@ -42,7 +42,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="predict.py", description="Say which class each video shows.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model_best.pt of a run, its folder, a released one")
     parser.add_argument(
-        "paths", metavar="PATH", nargs="+", help="video file, folder of frames, directory of such, or list (*.txt)"
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="video file, folder or zip file of frames, directory of such, or list (*.txt)",
     )
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="classes of a video (default 5)")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="crops of a clip (default 1)")
@@ -113,7 +116,7 @@ def check_window_options(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def stream_windows(args: argparse.Namespace) -> None:
-    """Score the windows of one source; each row is written at once, and the segments at the end, even of a broken one."""
+    """Score the windows of one source. Each row is written at once, and the segments at the end, whatever ended it."""
     recognizer, (path,) = load_recognizer(args), args.paths
     topk = min(args.topk, len(recognizer.class_names))
     stream = recognizer.stream(path, args.window, args.stride, reopen=args.reopen)

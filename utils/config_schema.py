@@ -36,6 +36,7 @@ KINDS = {
     "list of float": "a list of numbers",
     "int or list of int": "a whole number or a list of them",
     "layers": "`all`, `every2`, `last:N` or a list of whole numbers",
+    "class weights": "`balanced` or a list of numbers, one for each class",
     "dict": "a mapping of names to values",
 }
 # PyYAML reads 1e-3 as text: it wants a point and a signed exponent.
@@ -95,6 +96,10 @@ _MEAN = Rule(
 _STD = Rule(
     "three of them, for red, green and blue, each above 0 and at most 1",
     lambda std: len(std) == 3 and all(0 < x <= 1 for x in std),
+)
+_WEIGHTS = Rule(
+    "each at least 0 and not all 0",
+    lambda weights: weights == "balanced" or (all(weight >= 0 for weight in weights) and any(weights)),
 )
 _WIDTH = Rule("a positive multiple of 64, at most 16384", lambda value: 0 < value <= 16384 and value % 64 == 0)
 
@@ -159,6 +164,10 @@ def _convert(kind: str, value: object) -> object:
             return _convert("list of int", value)
         case "layers" if isinstance(value, str) and re.fullmatch(r"all|every2|last:[1-9]\d*", value):
             return value
+        case "class weights" if isinstance(value, list):
+            return _convert("list of float", value)
+        case "class weights" if value == "balanced":
+            return value
         case "dict" if isinstance(value, dict):
             return _free_value(value)
     raise ValueError
@@ -216,7 +225,10 @@ FIELDS = {
         trained_with=True,
     ),
     "data.modality": Field(
-        "str", "RGB", "`RGB` reads folders of frames, `video` reads video files.", _one_of("RGB", "video")
+        "str",
+        "RGB",
+        "`RGB` reads folders of frames, or the zip files of `prepare_data.py pack`. `video` reads video files.",
+        _one_of("RGB", "video"),
     ),
     "data.decoder": Field(
         "str",
@@ -246,12 +258,12 @@ FIELDS = {
         "File name of a frame with a field for its number. The first number is `data.index_base`.",
         _TEMPLATE,
     ),
-    "data.index_base": Field(
-        "int",
-        1,
-        "Number of the first frame file in a folder.",
-        Rule("0 or 1", lambda base: base in (0, 1)),
-        trained_with=True,
+    "data.index_base": Field("int", 1, "Number of the first frame file in a folder.", _at_least(0), trained_with=True),
+    "data.segments": Field(
+        "bool",
+        False,
+        "Lists name segments of videos, in lines `path first_frame num_frames label`, for frames and for video files. "
+        "`first_frame` counts the frames of the whole video from 0, whatever `data.index_base` is.",
     ),
     "data.count_frames": Field(
         "bool",
@@ -282,8 +294,8 @@ FIELDS = {
     "data.train_list": Field(
         "file",
         None,
-        "List of the training videos, with lines `path num_frames label` (video files: `path label`). Required for "
-        "training.",
+        "List of the training videos, with lines `path num_frames label` (video files: `path label`; segments: see "
+        "`data.segments`). Required for training.",
     ),
     "data.val_root": Field(
         "folder", None, "Folder that the paths in `data.val_list` are relative to. Always required."
@@ -339,6 +351,20 @@ FIELDS = {
         False,
         "Take frames from a window of 128 frames, not from the whole video. `data.num_segments` must be at most 128.",
         trained_with=True,
+    ),
+    "data.min_frames": Field(
+        "int",
+        1,
+        "Leave videos with fewer frames out of training and validation; test.py scores all. The log counts them. The "
+        "released code leaves out videos below 8. Video files, and folders with `data.count_frames`, are opened once "
+        "at the start to be counted.",
+        _from_to(1, 1000000),
+    ),
+    "data.balance": Field(
+        "bool",
+        False,
+        "Draw the classes equally often in training. An epoch keeps its number of videos: those of small classes come "
+        "several times, each time as another clip, and those of large classes take turns from epoch to epoch.",
     ),
     "data.shot": Field(
         "int", None, "Train on this many videos of each class only. `seed` chooses them.", _from_to(1, 1000000)
@@ -430,6 +456,16 @@ FIELDS = {
     ),
     "solver.mixup": Field("bool", False, "Mix the clips of each batch in pairs, by mixup or cutmix."),
     "solver.smoothing": Field("float", 0.1, "Label smoothing. `solver.mixup` requires 0.1.", _FRACTION),
+    "solver.class_weights": Field(
+        "class weights",
+        None,
+        "Weight of each class in the training loss. The loss of a clip is its cross entropy, smoothing included, times "
+        "the weight of its class. A clip that `solver.mixup` has mixed of two classes has the sum of both losses, each "
+        "times its share and its weight. A batch takes the mean over its clips and does not divide by the weights. "
+        "`balanced`: inverse to the number of training videos, so that the classes have equal shares of the loss and "
+        "the mean weight of a video is 1; not together with `data.balance`. Validation and tests do not use weights.",
+        _WEIGHTS,
+    ),
     "solver.precision": Field(
         "str",
         "amp",
