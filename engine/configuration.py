@@ -57,13 +57,21 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpos
     return resolve_config(load_config(path, overrides, purpose, missing_parts if purpose == "train" else None))
 
 
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported here."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is hidden from imports
+        return False
+
+
 def missing_parts(values: dict[str, Any]) -> list[str]:
     """What a training needs beside lists and roots and does not find: the tower's weights, the package of a sink.
 
     With a checkpoint to start from, weights are not missing: it may hold the tower.
     """
     missing = []
-    if values["logging.wandb"] is not None and importlib.util.find_spec("wandb") is None:
+    if values["logging.wandb"] is not None and not installed("wandb"):
         missing.append(NO_WANDB)
     needs_weights = values["network.init"] and values["network.weights"] is None
     if needs_weights and values["resume"] is None and values["pretrain"] is None:
