@@ -19,6 +19,8 @@ from datasets.resample import Resample, Table, bicubic, bilinear, resized_twice
 
 # Protocol -> probability that a training clip is converted to grayscale.
 GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
+# Number of test crops -> place of the centre crop among them, in the order of `crop_corners`.
+CENTRE_CROP = {1: 0, 3: 2, 5: 4, 10: 4}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from engine.class_weights import class_weights, weighted_targets
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
 from engine.scores import PartialScores
+from engine.view_details import VideoDetails
 from modules.side4video import Side4Video
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
@@ -143,6 +144,7 @@ def evaluate(
     precision: Precision,
     config: DotMap,
     partial: PartialScores | None = None,
+    details: VideoDetails | None = None,
 ) -> np.ndarray:
     """Mean over views of softmax(logits), for every video of the list.
 
@@ -153,6 +155,7 @@ def evaluate(
         loader: of `build_eval_loader`; `test.view_batch` of its views go through the model at once.
         partial: keeps scores on the disk while the evaluation runs. Those that it has already are taken from there;
             the loader leaves these videos out.
+        details: filled with what is known of each video beside its scores.
 
     Returns:
         float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
@@ -167,16 +170,19 @@ def evaluate(
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
     for index, row in partial.done.items() if partial and get_rank() == 0 else ():
-        scores[index] = torch.from_numpy(row)
+        scores[index] = torch.from_numpy(row["scores"])
         counted[index] += 1
+        if details:
+            details.restore(index, row)
     total, done, said = math.ceil(num_videos / get_world_size()), 0, time.monotonic()
     with living_line(total, "evaluation: video", show=get_rank() == 0) as line:
         for batch, logits in view_outputs(model, loader, precision, config):
             indices = batch["indices"].to(precision.device, non_blocking=True)
             scores[indices] = view_scores(logits)
             counted[indices] += 1
+            rows = details.add(batch, [view_scores(logits[:, list(s.views)]) for s in details.sets]) if details else {}
             if partial:
-                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged))
+                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged), rows)
             done += len(indices)
             line.update(len(indices))
             report_progress(f"evaluation, {done} videos done")
@@ -193,6 +199,8 @@ def evaluate(
     loader.unreadable = unreadable = sorted(gather(loader.unreadable))
     done_before = list(partial.damaged.items()) if partial else []
     loader.damaged = sorted({*map(tuple, gather(loader.damaged)), *done_before})
+    if details:
+        details.finish(unreadable, loader.damaged, precision.device)
     refuse_non_finite(scores, {index for index, _ in unreadable}, loader.dataset)
     if len(unreadable) == num_videos:
         raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")

@@ -102,10 +102,21 @@ class FrameAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, 1 + N, S), class token first -> (B, T, N, S)."""
-        qkv = self.qkv(tokens).flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
-        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B * T, S // 64, 1 + N, 64) each
+        query, key, value = self._heads(tokens)
         x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
         return self.proj(x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2]))
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """(B, T, 1 + N, S) -> (B, T, S // 64, N, 1 + N): what each query takes of each key. For pictures only."""
+        query, key, _ = self._heads(tokens)
+        products = query[:, :, 1:] @ key.transpose(-1, -2) * HEAD_WIDTH**-0.5
+        return products.softmax(dim=-1).unflatten(0, tokens.shape[:2])
+
+    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B * T, S // 64, 1 + N, 64) each."""
+        qkv = self.qkv(tokens).flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
+        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
+        return query, key, value
 
 
 class Mlp(nn.Module):

@@ -23,7 +23,17 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import browse_data, check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import (
+    browse_data,
+    check_data,
+    compare_scores,
+    convert_checkpoint,
+    download_weights,
+    motion_demo,
+    motion_test,
+    prepare_data,
+    visualize,
+)
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -367,6 +377,21 @@ def tool_cases() -> Iterator[Case]:
         ("demo data: no videos", motion_demo.main, ["DIR/demo", "--train_videos", "0"], {}),
         ("demo data: a folder that is in use", motion_demo.main, ["DIR/data/frames"], {}),
         ("utils.config: no arguments", config_program.main, [], {}),
+        ("compare: a file that is not there", compare_scores.main, ["DIR/a.npz", "DIR/b.npz"], {}),
+        ("compare: text called .npz", compare_scores.main, ["DIR/a.npz", "DIR/b.npz"], {"a.npz": "no scores"}),
+        ("compare: one file", compare_scores.main, ["DIR/a.npz"], {}),
+        ("compare: another number of weights", compare_scores.main, ["DIR/a.npz", "DIR/b.npz", "--weights", "1"], {}),
+        ("compare: fused scores that are a folder", compare_scores.main,
+         ["DIR/a.npz", "DIR/b.npz", "--fused", "DIR/data"], {}),
+        ("motion test: clips of one frame", motion_test.main, ["DIR/tiny.yaml", "DIR/m.pt", "data.num_segments=1"], {}),
+        ("motion test: a list without labels", motion_test.main,
+         ["DIR/tiny.yaml", "DIR/m.pt", "data.val_list=DIR/u.txt"], {"u.txt": "val_00000 4 -1\n"}),
+        ("motion test: a checkpoint that is not there", motion_test.main, ["DIR/tiny.yaml", "DIR/m.pt"], {}),
+        ("visualize: a checkpoint that is not there", visualize.main, ["DIR/m.pt", "DIR/v.mp4", "DIR/out"], {}),
+        ("visualize: pictures below a file", visualize.main, ["DIR/m.pt", "DIR/v.mp4", "DIR/tiny.yaml/out"], {}),
+        ("test.py: a report that is a file", test_program.main, test("--report", "DIR/tiny.yaml"), {}),
+        ("test.py: a report without labels", test_program.main,
+         test("--report", "DIR/out", "data.val_list=DIR/u.txt"), {"u.txt": "val_00000 4 -1\n"}),
         ("test.py: no clips", test_program.main, [*test(), "--test_clips", "0"], {}),
         ("test.py: two crops", test_program.main, [*test(), "--test_crops", "2"], {}),
         ("train.py: no configuration", train_program.main, [], {}),

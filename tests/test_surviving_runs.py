@@ -509,8 +509,8 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     whole = score_run(*arguments, tmp_path / "whole.npz", *views)
     add, seen = PartialScores.add, []
 
-    def interrupted(self, indices, scores, damaged):
-        add(self, indices, scores, damaged)
+    def interrupted(self, indices, *rows):
+        add(self, indices, *rows)
         seen.extend(indices)
         if len(seen) == stopped_after:
             raise Killed
@@ -523,9 +523,7 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     with pytest.raises(UserError, match=r"holds scores of another test \(different: test_crops\); remove it"):
         score_run(*arguments, tmp_path / "s.npz", "--test_crops", "5", "test.view_batch=3")
     monkeypatch.setattr(
-        PartialScores,
-        "add",
-        lambda self, indices, scores, damaged: (seen.extend(indices), add(self, indices, scores, damaged)),
+        PartialScores, "add", lambda self, indices, *rows: (seen.extend(indices), add(self, indices, *rows))
     )
     resumed = score_run(*arguments, tmp_path / "s.npz", *views)
     assert sorted(seen) == list(range(7))  # each video once
