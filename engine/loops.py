@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -9,13 +10,13 @@ import numpy as np
 import torch
 from dotmap import DotMap
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datasets.annotations import UNLABELLED
 from datasets.batch_augment import BatchAugment
 from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
 from datasets.video_dataset import VideoDataset
+from engine.averaging import AveragedWeights
 from engine.class_weights import class_weights, weighted_targets
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
@@ -27,6 +28,9 @@ from utils.errors import DataError, UserError
 from utils.launch import report_progress
 from utils.precision import Precision
 from utils.seeding import seed_everything
+from utils.terminal import living_line
+
+EVALUATION_LOGGED = 60.0  # seconds between lines about a long evaluation
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ def train_one_epoch(
     reporter: Reporter | None = None,
     start: int = 0,
     after_update: Callable[[int], None] = lambda step: None,
+    average: AveragedWeights | None = None,
 ) -> float:
     """Train for one epoch and return the mean loss over its last reported stretch.
 
@@ -60,6 +65,7 @@ def train_one_epoch(
             is left over at the end.
         reporter: that of the run; None makes one for this epoch alone.
         start: iterations of the epoch that are done already; the loader's sampler starts behind their videos.
+        average: takes in the weights after each update.
         after_update: called after each update of the weights with the number of iterations done.
 
     Raises:
@@ -81,6 +87,7 @@ def train_one_epoch(
         with reporter.phase("compute"):
             set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
             clips, targets = training_input(clips, labels, augment, config, epoch, iteration)
+            reporter.batch(clips, targets)
             if weights is not None:
                 targets = weighted_targets(targets, weights, solver.smoothing)
             update = (iteration + 1) % accumulation == 0
@@ -90,16 +97,24 @@ def train_one_epoch(
                 loss = nn.functional.cross_entropy(logits.float(), targets)
                 scaler.scale(loss / accumulation).backward()
             if update:
-                if solver.clip_grad is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.trained.parameters(), solver.clip_grad)
+                scaler.unscale_(optimizer)
+                reporter.update(clip_gradients(model.trained, solver.clip_grad))
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.update(model.trained)
         reporter.step(iteration, loss, optimizer.param_groups[0]["lr"])
         if update:
             after_update(iteration + 1)
     return reporter.mean_loss
+
+
+def clip_gradients(module: nn.Module, largest: float | None) -> Tensor:
+    """Scale the gradients down to the norm `largest`, if any; returns their norm before that, on the device."""
+    if largest is not None:
+        return nn.utils.clip_grad_norm_(module.parameters(), largest)
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def training_input(
@@ -159,8 +174,8 @@ def evaluate(
         counted[index] += 1
         if details:
             details.restore(index, row)
-    total, quiet = math.ceil(num_videos / get_world_size()), None if get_rank() == 0 else True
-    with tqdm(total=total, unit="video", disable=quiet) as progress:
+    total, done, said = math.ceil(num_videos / get_world_size()), 0, time.monotonic()
+    with living_line(total, "evaluation: video", show=get_rank() == 0) as line:
         for batch, logits in view_outputs(model, loader, precision, config):
             indices = batch["indices"].to(precision.device, non_blocking=True)
             scores[indices] = view_scores(logits)
@@ -168,8 +183,12 @@ def evaluate(
             rows = details.add(batch, [view_scores(logits[:, list(s.views)]) for s in details.sets]) if details else {}
             if partial:
                 partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged), rows)
-            progress.update(len(indices))
-            report_progress(f"evaluation, {progress.n} videos done")
+            done += len(indices)
+            line.update(len(indices))
+            report_progress(f"evaluation, {done} videos done")
+            if line.disable and time.monotonic() - said > EVALUATION_LOGGED:
+                said = time.monotonic()
+                log.info("evaluation: %d of %d videos of process %d done", done, total, get_rank())
 
     for index, _ in loader.unreadable:
         scores[index] = math.nan

@@ -25,9 +25,14 @@ PAPER_GPUS = 8
 
 
 def describe_run(
-    config: DotMap, model: Side4Video, train_loader: VideoLoader, val_loader: VideoLoader, precision: Precision
+    config: DotMap,
+    model: Side4Video,
+    train_loader: VideoLoader,
+    val_loader: VideoLoader,
+    precision: Precision,
+    folder: Path,
 ) -> list[str]:
-    """Versions, commit, seed, model, data, batch and number of steps of a training."""
+    """The plan of a training in under 30 lines: versions, seed, model, data, batch, steps, evaluations, files."""
     data, solver, world = config.data, config.solver, get_world_size()
     accumulated = solver.grad_accumulation_steps
     dataset = train_loader.dataset
@@ -49,7 +54,28 @@ def describe_run(
         *_traffic(model, accumulated, solver.sync_bn),
         f"steps: {steps} updates an epoch, {steps * solver.epochs} in {solver.epochs} epochs, "
         f"{solver.type} after {solver.lr_warmup_step} epochs of warm-up",
+        *_checks(config, steps),
+        f"files: {folder}: checkpoints each epoch"
+        f"{f' and every {config.logging.save_minutes:g} minutes' if config.logging.save_minutes else ''}, the newest "
+        f"{config.logging.keep} and the best stay; numbers in metrics.jsonl; curves: tensorboard --logdir {folder}",
     ]
+
+
+def _checks(config: DotMap, steps: int) -> list[str]:
+    """When the training is evaluated, what is called best, and what ends it."""
+    solver, logging = config.solver, config.logging
+    skipped = f", not epochs {', '.join(map(str, logging.skip_epoch))}" if logging.skip_epoch else ""
+    ends = f"; {solver.patience} epochs without a better one end the training" if solver.patience else ""
+    lines = [f"validation: every {logging.eval_freq} epoch(s){skipped}, one view; the best top-1 is kept{ends}"]
+    if solver.ema is not None:
+        reach = 1 / (1 - solver.ema)
+        made = steps * solver.epochs
+        late = f"; only {made} are made, so it stays near the start" if reach > made else ""
+        lines.append(
+            f"average: of about the last {reach:.0f} updates{late}; evaluated beside the weights, its best is "
+            "model_best_ema.pt"
+        )
+    return lines
 
 
 def _traffic(model: Side4Video, accumulated: int, sync_bn: bool) -> list[str]:

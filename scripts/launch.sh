@@ -13,7 +13,9 @@ check_config() {
         esac
         before=$argument
     done
-    "$PYTHON" -m utils.config "$purpose" "$config" "$@"
+    # The first check takes a moment; the second one imports the model and names missing weights too.
+    "$PYTHON" -m utils.config "$purpose" "$config" "$@" 2>/dev/null ||
+        "$PYTHON" -m tools.check_config "$purpose" "$config" "$@"
 }
 
 # launch PROGRAM [argument ...]: run the program in one process for each visible GPU, or in one process on the CPU.

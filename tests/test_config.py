@@ -590,7 +590,13 @@ def test_the_command_ends_with_status_1_and_one_line_and_loads_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
     command = [sys.executable, "-m", "utils.config", "train", str(Path("run.yaml").resolve())]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    line = f"{Path('run.yaml').resolve()}:6: data.train_list: no such file: {REPOSITORY / 'train.txt'}"
+    names = {"6: data.train_list": "file: train.txt", "5: data.train_root": "folder: frames"}
+    names |= {"8: data.val_list": "file: val.txt", "7: data.val_root": "folder: frames"}
+    kinds = {place: name.split(": ") for place, name in names.items()}
+    missing = [
+        f"{Path('run.yaml').resolve()}:{at}: no such {kind}: {REPOSITORY / name}" for at, (kind, name) in kinds.items()
+    ]
+    line = f"4 things are missing: {'; '.join(missing)}"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
 
 

@@ -29,7 +29,8 @@ def assert_same_training(a, b):
 def test_training_writes_checkpoints_config_and_log(config, tmp_path):
     checkpoint = train_run(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"last_model.pt", "last_model_1.pt", "model_best.pt", "config.yaml", "train.log"}
+    files = {"last_model.pt", "last_model_1.pt", "model_best.pt", "config.yaml", "train.log"}
+    assert names == files | {"metrics.jsonl", "first_batch.png", "tensorboard"}
     assert checkpoint["epoch"] == 2 and checkpoint["class_names"] == list(CLASSES)
     assert checkpoint["tower"] is not None  # random: only the checkpoint holds it
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == checkpoint["config"]

@@ -74,7 +74,7 @@ def assert_equal_runs(a, b):
 
 def epoch_lines(folder):
     """The line of each epoch's end, without its time, from the last start that wrote it."""
-    lines = [line[9:] for line in (folder / "train.log").read_text().splitlines() if " done: loss " in line]
+    lines = [line[20:] for line in (folder / "train.log").read_text().splitlines() if " done: loss " in line]
     return sorted({line.split()[1]: line for line in lines}.items())
 
 
@@ -317,7 +317,7 @@ def test_the_state_is_copied_before_the_steps_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "save_last", lambda *args: (time.sleep(0.2), write(*args))[1])
     state = {**STATE, "trained": {"w": torch.zeros(3)}}
     writer = BackgroundWriter(tmp_path, 2)
-    writer.write(state, False)
+    writer.write(state)
     state["trained"]["w"].fill_(7)
     writer.close()
     assert torch.load(tmp_path / "last_model.pt", weights_only=True)["trained"]["w"].tolist() == [0, 0, 0]
@@ -325,7 +325,7 @@ def test_the_state_is_copied_before_the_steps_go_on(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_loud_the_run_goes_on_and_the_next_save_is_the_retry(tmp_path, monkeypatch, caplog):
     writer = BackgroundWriter(tmp_path, 2)
-    writer.write(STATE, False)
+    writer.write(STATE)
     writer.wait()
     before = (tmp_path / "last_model.pt").read_bytes()
 
@@ -334,13 +334,13 @@ def test_a_full_disk_is_loud_the_run_goes_on_and_the_next_save_is_the_retry(tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        writer.write({**STATE, "epoch": 1}, True)
+        writer.write({**STATE, "epoch": 1}, ["model_best.pt"])
         writer.wait()
         assert "CHECKPOINT NOT WRITTEN" in caplog.text and "No space left on device" in caplog.text
         assert (tmp_path / "last_model.pt").read_bytes() == before
         with pytest.raises(UserError, match="could not be written: No space left on device"):
             writer.close()
-    writer.write(STATE, False)
+    writer.write(STATE)
     writer.close()
     best = torch.load(tmp_path / "model_best.pt", weights_only=True)
     assert best["epoch"] == 1  # the best of the failed write is made good

@@ -494,6 +494,20 @@ FIELDS = {
     "solver.clip_grad": Field(
         "float", None, "Largest norm of the gradient. A larger gradient is scaled down to it. None: no limit.", _ABOVE_0
     ),
+    "solver.patience": Field(
+        "int",
+        None,
+        "Stop after this many epochs without a better validation, of the weights or of their average. None: train for "
+        "all of `solver.epochs`.",
+        _from_to(1, 100000),
+    ),
+    "solver.ema": Field(
+        "float",
+        None,
+        "Keep an average of what is trained, of which each update keeps this share; it is evaluated and saved beside "
+        "the weights. It follows them after about 1 / (1 - `solver.ema`) updates. None: no average.",
+        Rule("above 0 and below 1", lambda value: 0 < value < 1),
+    ),
     # test
     "test.view_batch": Field(
         "int", None, "Number of views that the model evaluates at once. None: `data.batch_size`.", _from_to(1, 65536)
@@ -517,6 +531,12 @@ FIELDS = {
     ),
     "logging.print_freq": Field("int", 10, "Print a line every this many iterations.", _from_to(1, 1000000000)),
     "logging.eval_freq": Field("int", 1, "Evaluate every this many epochs.", _from_to(1, 100000)),
+    "logging.wandb": Field(
+        "str",
+        None,
+        "Project of Weights & Biases that the run is reported to. It needs the package of requirements-extras.txt.",
+        _NOT_EMPTY,
+    ),
     "logging.skip_epoch": Field(
         "list of int", [], "Epochs, counted from 0, that are not evaluated. They are saved.", _EPOCHS
     ),
