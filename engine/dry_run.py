@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -81,14 +82,46 @@ def dry_run(device_type: str) -> Iterator[MemoryCount]:
     with ExitStack() as stack:
         stack.callback(per_channel.cache_clear)  # it would hand fake tensors to a real run, and the other way round
         per_channel.cache_clear()
-        if device_type == "cuda":  # autocast asks the machine for a GPU; only its rules are wanted here
-            common = torch.cuda.amp.common
-            stack.enter_context(mock.patch.object(common, "amp_definitely_not_available", lambda: False))
-            stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda **_: True))
+        if device_type == "cuda":
+            stack.enter_context(as_with_gpu())
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused_attention))
         stack.enter_context(walked_backward())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(count)
         yield count
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention by the kernels that CUDA has for its type; without a GPU, PyTorch would choose separate products.
+
+    Half types run FlashAttention, and float32 the memory-efficient kernel, as on cards from capability 8.0 on.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cuda")) for t in (query, key, value))
+    if query.dtype == torch.float32 or attn_mask is not None:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        needs_grad = torch.is_grad_enabled() and query.requires_grad
+        return efficient(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+@contextmanager
+def as_with_gpu() -> Iterator[None]:
+    """Inside, autocast and `amp` find a GPU that supports bf16: its rules are wanted, whatever this machine has."""
+    with (
+        mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        mock.patch.object(torch.cuda, "is_bf16_supported", lambda **_: True),
+    ):
+        yield
 
 
 class _Box:
@@ -216,7 +249,7 @@ def _run_node(node: Any, received: dict[int, Tensor]) -> Sequence[Tensor | None]
             for g, m in zip(gradients, metadata, strict=True)
         ]
         results = node.apply(*gradients)
-        # One result for every argument; autograd has an edge for every tensor among them, an empty one without gradient.
+        # A result for every argument; autograd has an edge for every tensor among them, an empty one without gradient.
         wanted = itertools.compress(results if isinstance(results, tuple) else (results,), node.needs_input_grad)
         return [None if following is None else next(wanted) for following, _ in node.next_functions]
     results = node(*gradients)
