@@ -12,6 +12,7 @@ from datasets.sampling import protocol_of
 from datasets.transforms import protocol_resize
 from modules.backbones import find_architecture, stated_pixels
 from utils.config import Purpose, config_from_dict, load_config, resize_problem
+from utils.distributed import device_type
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
 
@@ -102,7 +103,7 @@ def default_config(**changes: Any) -> DotMap:
 
 def _automatic_dtype(precision: str, device: torch.device | None) -> str:
     """The type of `solver.precision` on a GPU, float32 on a CPU."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device(device_type())
     if device.type != "cuda":
         return "float32"
     return str(resolve_precision(precision, device).dtype).removeprefix("torch.")

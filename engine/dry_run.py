@@ -16,12 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from datasets.transforms import per_channel
+from engine import device_copy
 
 BLOCK = {"cuda": 512, "cpu": 1}  # bytes that the device's allocator rounds every tensor up to
 
@@ -84,6 +85,7 @@ def dry_run(device_type: str) -> Iterator[MemoryCount]:
         per_channel.cache_clear()
         if device_type == "cuda":
             stack.enter_context(as_with_gpu())
+            stack.enter_context(mock.patch.object(device_copy, "copy_stream", lambda device: None))
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", fused_attention))
         stack.enter_context(walked_backward())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -147,11 +149,13 @@ def walked_backward() -> Iterator[None]:
         walk_graph(outputs, grads, accumulate_gradient, opened)
 
     def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *_: Any, **__: Any) -> tuple[Tensor | None, ...]:
-        found: dict[int, Tensor] = {}
+        found: dict[Any, Tensor] = {}
+        # A tensor that `saved_tensors` has unpacked is another object than the leaf, but has the leaf's node.
+        leaves = [get_gradient_edge(tensor).node for tensor in inputs]
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         grads = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs or [None] * len(outputs))
-        walk_graph(outputs, grads, lambda leaf, gradient: found.__setitem__(id(leaf), gradient), opened)
-        return tuple(found.get(id(tensor)) for tensor in inputs)
+        walk_graph(outputs, grads, found.__setitem__, opened)
+        return tuple(found.get(leaf) for leaf in leaves)
 
     with (
         saved_tensors_hooks(_Box, unpack),
@@ -165,7 +169,7 @@ def walked_backward() -> Iterator[None]:
 def walk_graph(
     outputs: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
-    deliver: Callable[[Tensor, Tensor], None],
+    deliver: Callable[[Any, Tensor], None],
     opened: list[_Box],
 ) -> None:
     """The backward pass in the order of autograd's engine: of the nodes that are ready, the youngest runs first.
@@ -173,7 +177,7 @@ def walk_graph(
     Args:
         outputs: tensors with a graph.
         gradients: one for each output; None for 1.
-        deliver: called with each leaf and its gradient.
+        deliver: called with the node of each leaf and its gradient.
         opened: receives the saved tensors that a node asks for; they are freed when the node has run.
     """
     roots = [output.grad_fn for output in outputs]
@@ -189,7 +193,7 @@ def walk_graph(
         received = buffers.pop(node, {})
         if _is_leaf(node):
             if received:
-                deliver(node.variable, received.pop(0))
+                deliver(node, received.pop(0))
             continue
         results = _run_node(node, received)
         received.clear()
@@ -207,8 +211,9 @@ def walk_graph(
         del results, result
 
 
-def accumulate_gradient(leaf: Tensor, gradient: Tensor) -> None:
-    """Add to `leaf.grad`; the first gradient is taken as it is if it lies in memory as the leaf does."""
+def accumulate_gradient(node: Any, gradient: Tensor) -> None:
+    """Add to the gradient of a leaf; the first one is taken as it is if it lies in memory as the leaf does."""
+    leaf = node.variable
     if leaf.grad is not None:
         leaf.grad += gradient
     elif gradient.stride() == leaf.stride():

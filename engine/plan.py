@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from engine.dry_run import MemoryCount, dry_run
 from engine.loops import train_one_epoch, view_outputs
-from engine.optim import build_optimizer
+from engine.optim import build_optimizer, update_videos
 from modules import build_model
 from modules.side4video import Side4Video
 from utils.precision import Precision
@@ -357,7 +357,7 @@ class Plan:
         """The roofline of a training step on a card."""
         # Accumulated batches: the dry run has run two of them.
         runs = min(2, self.config.solver.grad_accumulation_steps)
-        return self.work.seconds(card, tf32=False) / (runs * self.clips)
+        return self.work.seconds(card, tf32=self.config.solver.tf32) / (runs * self.clips)
 
     def gpu_hours(self, card: Card) -> float | None:
         """Of all epochs, without evaluations."""
@@ -412,7 +412,7 @@ def make_plan(
         videos: of the training list.
     """
     data, solver, work = config.data, config.solver, Work()
-    total = total or data.batch_size * solver.grad_accumulation_steps * gpus
+    total = total or update_videos(config, gpus)
     room = largest = views = choice = None
     with rehearsing(config) as rehearsal:
         memory = rehearsal.train(data.batch_size, solver.recompute, work)

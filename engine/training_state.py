@@ -15,9 +15,11 @@ from dotmap import DotMap
 from datasets.loaders import VideoLoader
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
+from engine.optim import load_optimizer
 from engine.reporter import Reporter
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
+from utils.config_schema import FIELDS
 from utils.distributed import get_rank, get_world_size
 from utils.errors import CheckpointError, ConfigError
 
@@ -163,8 +165,7 @@ def restore_training(
         CheckpointError: the optimizer's state does not fit the model.
     """
     refuse_other_shapes(checkpoint["optimizer"], optimizer, source)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    load_optimizer(optimizer, checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     old_accumulation = checkpoint["config"]["solver"]["grad_accumulation_steps"]
     updates = checkpoint.get("step", 0) // old_accumulation
@@ -214,11 +215,13 @@ def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
 def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) for each difference of two configurations as plain dictionaries.
 
-    Derived values that older checkpoints left open (None, or `auto`) do not count.
+    Derived values that older checkpoints left open (None, or `auto`) do not count. A key that did not exist when a
+    checkpoint was written had its default.
     """
     found = []
     for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
+        name, b = prefix + key, new.get(key)
+        a = old[key] if key in old else FIELDS[name].default if name in FIELDS else None
         if isinstance(a, dict) and isinstance(b, dict):
             found += changed_values(a, b, f"{name}.")
         elif a != b and name not in ("resume", "pretrain") and not (name in DERIVED_KEYS and a in (None, "auto")):

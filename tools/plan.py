@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import few_shot, read_annotations
 from engine.configuration import resolve_config
 from engine.dry_run import as_with_gpu
+from engine.optim import update_videos
 from engine.plan import CARDS, CONTEXT_BYTES, GAPS, Plan, make_plan
 from engine.summary import PAPER_GPUS
 from utils.config import load_config
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     memory = None if args.gpu is None else gpu_memory(args.gpu)
     recipe, config = planned_config(args.config), planned_config(args.config, args.overrides)
     # The recipe is the file's on the paper's GPUs, whatever batch is tried here.
-    total = recipe.data.batch_size * recipe.solver.grad_accumulation_steps * PAPER_GPUS
+    total = update_videos(recipe, PAPER_GPUS)
     plan = make_plan(config, args.gpus, memory, total, args.videos or count_videos(config))
     sys.stdout.write("".join(f"{line}\n" for line in describe(plan, args.config)))
 
@@ -111,7 +112,7 @@ def describe(plan: Plan, source: str) -> list[str]:
     for name, card in CARDS.items():
         hours = plan.gpu_hours(card)
         lines.append(
-            f"{name} (arithmetic, roofline): at most {1 / plan.seconds_per_clip(card):.0f} clips/s in training"
+            f"{name} (arithmetic, roofline): at most {1 / plan.seconds_per_clip(card):.3g} clips/s in training"
             + (f", at least {hours:.1f} GPU hours" if hours is not None else "")
             + f"; {plan.loaders(card)} loader process(es) a GPU keep up ({plan.source})"
         )
