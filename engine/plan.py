@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from engine.dry_run import MemoryCount, dry_run
+from engine.configuration import resolve_config
+from engine.dry_run import MemoryCount, as_with_gpu, dry_run
 from engine.loops import train_one_epoch, view_outputs
 from engine.optim import build_optimizer, update_videos
 from modules import build_model
@@ -157,6 +158,12 @@ def blank_batch(config: DotMap) -> dict[str, Tensor]:
     clips = data.batch_size * data.num_sample
     shape = (clips, data.num_segments, 3, data.input_size, data.input_size)
     return {"clips": torch.zeros(shape, dtype=torch.uint8), "labels": torch.zeros(clips, dtype=torch.int64)}
+
+
+def resolve_for_gpu(config: DotMap) -> DotMap:
+    """`resolve_config` as on a GPU that supports bf16, whatever this machine has."""
+    with as_with_gpu():
+        return resolve_config(config, torch.device("cuda"))
 
 
 def planned_precision(config: DotMap, device: torch.device) -> Precision:

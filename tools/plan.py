@@ -12,16 +12,13 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from dotmap import DotMap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import few_shot, read_annotations
-from engine.configuration import resolve_config
-from engine.dry_run import as_with_gpu
 from engine.optim import update_videos
-from engine.plan import CARDS, CONTEXT_BYTES, GAPS, Plan, make_plan
+from engine.plan import CARDS, CONTEXT_BYTES, GAPS, Plan, make_plan, resolve_for_gpu
 from engine.summary import PAPER_GPUS
 from utils.config import load_config
 from utils.errors import ConfigError, quoted, run_program
@@ -62,8 +59,7 @@ def gpu_memory(text: str) -> float:
 
 def planned_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> DotMap:
     """The configuration as it is resolved on a GPU with bf16. No list, folder or weight file has to exist."""
-    with as_with_gpu():
-        return resolve_config(load_config(path, overrides, "model"), torch.device("cuda"))
+    return resolve_for_gpu(load_config(path, overrides, "model"))
 
 
 def count_videos(config: DotMap) -> int | None:
