@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import check_data, convert_checkpoint, download_weights, motion_demo, plan, prepare_data
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -275,6 +275,10 @@ def tool_cases() -> Iterator[Case]:
     table: list[tuple[str, Callable[[list[str]], object], list[str], dict[str, str | bytes]]] = [
         ("check_data: a misspelt key", check_data.main, ["DIR/tiny.yaml", "data.lst=1"], {}),
         ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
+        ("plan: a GPU without a size", plan.main, ["DIR/tiny.yaml", "--gpu", "large"], {}),
+        ("plan: no GPUs", plan.main, ["DIR/tiny.yaml", "--gpus", "0"], {}),
+        ("plan: no videos", plan.main, ["DIR/tiny.yaml", "--videos", "0"], {}),
+        ("plan: a misspelt key", plan.main, ["DIR/tiny.yaml", "data.batchsize=1"], {}),
         ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
         ("extract: no size", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--short_side", "0"], {}),

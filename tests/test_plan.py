@@ -36,7 +36,7 @@ TOWERS = {"pre": "ViT-B/16", "post": "EVA02-CLIP-L-14"}
 
 
 def small_config(variant="pre", **solver):
-    network = {"arch": TOWERS[variant], "backbone_kwargs": {**TOWER, "patch_size": 8, "depth": 4}, "init": False}
+    network = {"arch": TOWERS[variant], "backbone_kwargs": {**TOWER, "patch_size": 8, "depth": 2}, "init": False}
     data = {"num_segments": 4, "input_size": 64, "batch_size": 4, "num_classes": 11}
     return default_config(data=data, network=network, solver=solver, test={"view_batch": 6})
 

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.gpus < 1:
         parser.error(f"--gpus: {args.gpus} is less than 1")
+    if args.videos is not None and args.videos < 1:
+        parser.error(f"--videos: {args.videos} is less than 1")
     memory = None if args.gpu is None else gpu_memory(args.gpu)
     recipe, config = planned_config(args.config), planned_config(args.config, args.overrides)
     # The recipe is the file's on the paper's GPUs, whatever batch is tried here.

@@ -382,8 +382,8 @@ FIELDS = {
     "solver.lr_batch": Field(
         "int",
         256,
-        "Videos of an update that `solver.lr` is meant for; the paper's ViT-B/16 takes 8 GPUs x 32. Only "
-        "`solver.lr_scale: linear` reads it.",
+        "Videos of an update that `solver.lr` is meant for; the paper's ViT-B/16 takes 8 GPUs x 32. In a shipped "
+        "configuration, these are 8 x its `data.batch_size`. Only `solver.lr_scale: linear` reads it.",
         _from_to(1, 100000000),
     ),
     "solver.lr_warmup_step": Field(
