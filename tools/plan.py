@@ -138,7 +138,7 @@ def _describe_fit(plan: Plan) -> list[str]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 if __name__ == "__main__":
