@@ -2,9 +2,9 @@
 
     python -m benchmarks.plan_check
 
-Each real step runs in a process of its own, with random weights: one process asks PyTorch's allocator for its peak (every tensor, by the memory events of torch.profiler),
-another one asks the kernel how far the resident set has grown since before the model was built. Writes
-benchmarks/results/plan_check.txt.
+Each real step runs in a process of its own, with random weights: one process asks PyTorch's allocator for its peak
+(every tensor, by the memory events of torch.profiler), another one asks the kernel how far the resident set has grown
+since before the model was built. Writes benchmarks/results/plan_check.txt.
 """
 
 import argparse
