@@ -41,7 +41,7 @@ from utils.atomic import probe
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed, naming_lost_processes
 from utils.errors import ConfigError, DataError, run_program
 from utils.logger import setup_logging
-from utils.precision import Precision, resolve_precision
+from utils.precision import Precision, prepare_precision
 
 log = logging.getLogger("test")
 
@@ -142,7 +142,7 @@ def test(
     setup_logging()
     for line in change_lines(changes):
         log.warning("accepted change since the training of %s: %s", weights, line)
-    precision = resolve_precision(config.solver.precision, device)
+    precision = prepare_precision(config.solver, device)
 
     # Data first: a list without labels is refused before a large model is loaded.
     views = {"rank": get_rank(), "world_size": get_world_size(), "clips": clips, "crops": crops, "unlabelled": True}

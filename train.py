@@ -25,7 +25,7 @@ from engine.averaging import AveragedWeights
 from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
-from engine.memory import explaining_memory
+from engine.memory import PeakReport, explaining_memory
 from engine.metrics_file import METRICS, MetricsFile, read_rows
 from engine.optim import build_optimizer
 from engine.reporter import Reporter
@@ -57,7 +57,7 @@ from utils.distributed import (
 )
 from utils.errors import ConfigError, run_program
 from utils.logger import setup_logging
-from utils.precision import Precision, resolve_precision
+from utils.precision import Precision, prepare_precision
 from utils.seeding import seed_everything
 
 log = logging.getLogger("train")
@@ -96,7 +96,7 @@ def train_in(
     """`train` in a folder that this run has locked."""
     setup_logging(folder.path / LOG)
     log.info("output: %s", folder.path)
-    precision, only_evaluate = resolve_precision(config.solver.precision, device), config.solver.evaluate
+    precision, only_evaluate = prepare_precision(config.solver, device), config.solver.evaluate
 
     # Where to start. It comes before the data: another number of processes changes the batch.
     source, start = find_start(config, folder.path)
@@ -137,6 +137,7 @@ def train_in(
     reporter = Reporter(config, device, train_loader.dataset)
     for line in describe_run(config, model, train_loader, val_loader, precision, folder.path):
         log.info(line)
+    peak = PeakReport(config, device)
     progress = Progress(epoch=config.solver.start_epoch)
     if resumed:
         progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config, average)
@@ -191,6 +192,7 @@ def train_in(
                     after_update,
                     average,
                 )
+            peak.epoch_done()
             report_videos(train_loader, epoch)
             model.broadcast_buffers()
 

@@ -117,7 +117,7 @@ class Saver:
         self._folder, self._seconds = folder, None if minutes is None else 60 * minutes
         self._state, self._reporter, self._loader = state, reporter, loader
         self._writer = BackgroundWriter(folder, config.logging.keep)
-        self._agreement, self._signals = Agreement(), StopSignals()
+        self._agreement, self._signals = Agreement(config.solver.timeout_minutes), StopSignals()
         self._saved = time.monotonic()
 
     def __enter__(self) -> "Saver":

@@ -17,6 +17,7 @@ from modules.checkpoint import is_released
 from modules.pretrained import find_weight_file
 from utils.config import Purpose, config_from_dict, load_config, resize_problem
 from utils.config_schema import FIELDS, SECTIONS
+from utils.distributed import device_type
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
 
@@ -208,7 +209,7 @@ def default_config(**changes: Any) -> DotMap:
 
 def _automatic_dtype(precision: str, device: torch.device | None) -> str:
     """The type of `solver.precision` on a GPU, float32 on a CPU."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device(device_type())
     if device.type != "cuda":
         return "float32"
     return str(resolve_precision(precision, device).dtype).removeprefix("torch.")

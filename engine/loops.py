@@ -18,6 +18,7 @@ from datasets.transforms import normalize_clips
 from datasets.video_dataset import VideoDataset
 from engine.averaging import AveragedWeights
 from engine.class_weights import class_weights, weighted_targets
+from engine.device_copy import DeviceCopy
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
 from engine.scores import PartialScores
@@ -74,6 +75,7 @@ def train_one_epoch(
     data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
     weights = class_weights(config, loader, precision.device)
+    to_device = DeviceCopy(precision.device)
     reporter = reporter or Reporter(config, precision.device)
     reporter.start_epoch(epoch, len(loader), start)
     model.train()
@@ -82,8 +84,7 @@ def train_one_epoch(
         with reporter.phase("data"):
             batch = next(batches)
         with reporter.phase("copy"):
-            clips = batch["clips"].to(precision.device, non_blocking=True)
-            labels = batch["labels"].to(precision.device, non_blocking=True)
+            clips, labels = to_device(batch["clips"]), to_device(batch["labels"])
         with reporter.phase("compute"):
             set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
             clips, targets = training_input(clips, labels, augment, config, epoch, iteration)
@@ -245,12 +246,12 @@ def view_outputs(
         read is left out; `loader.unreadable` says why.
     """
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    forward = forward or model
+    forward, to_device = forward or model, DeviceCopy(precision.device)
     model.eval()
 
     def outputs_of(views: Tensor) -> Tensor:
         """uint8 (views, T, 3, H, W) -> (views, ...)."""
-        clips = views.to(precision.device, non_blocking=True)
+        clips = to_device(views)
         any_process_works(model, precision.device, working=True)
         with precision.autocast():
             return forward(normalize_clips(clips, mean, std))

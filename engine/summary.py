@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -16,9 +17,12 @@ from datasets.flips import describe_flips
 from datasets.loaders import VideoLoader
 from datasets.video_dataset import TrainVideoDataset
 from engine.class_weights import describe_balance
+from engine.optim import scaled_lr
+from modules.backbones import FrozenTower
 from modules.side4video import Side4Video
+from modules.side_network import HEAD_WIDTH
 from utils.distributed import get_world_size
-from utils.precision import Precision
+from utils.precision import Precision, attention_kernel, describe_switches
 from utils.version import VERSION
 
 PAPER_GPUS = 8
@@ -50,7 +54,7 @@ def describe_run(
         *describe_balance(config, dataset),
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
-        f"and solver.lr {solver.lr:g} is not rescaled",
+        f"and solver.lr {solver.lr:g} {_scaling(config, world)}",
         *_traffic(model, accumulated, solver.sync_bn),
         f"steps: {steps} updates an epoch, {steps * solver.epochs} in {solver.epochs} epochs, "
         f"{solver.type} after {solver.lr_warmup_step} epochs of warm-up",
@@ -58,6 +62,8 @@ def describe_run(
         f"files: {folder}: checkpoints each epoch"
         f"{f' and every {config.logging.save_minutes:g} minutes' if config.logging.save_minutes else ''}, the newest "
         f"{config.logging.keep} and the best stay; numbers in metrics.jsonl; curves: tensorboard --logdir {folder}",
+        f"products: {describe_switches()}; attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
+        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}",
     ]
 
 
@@ -76,6 +82,19 @@ def _checks(config: DotMap, steps: int) -> list[str]:
             "model_best_ema.pt"
         )
     return lines
+
+
+def _scaling(config: DotMap, world: int) -> str:
+    if config.solver.lr_scale == "none":
+        return "is not rescaled"
+    return f"becomes {scaled_lr(config, world):g}, as it is meant for {config.solver.lr_batch} videos an update"
+
+
+def _attention(tower: FrozenTower, dtype: torch.dtype, head_width: int | None = None) -> str:
+    """The kernel that PyTorch chooses for attention in a frame, with the head width of the tower unless given."""
+    attention: Any = tower.vit.blocks[0].attn
+    device, width = next(tower.parameters()).device, head_width or tower.width // attention.num_heads
+    return attention_kernel(device, dtype, width, 1 + tower.num_patches)
 
 
 def _traffic(model: Side4Video, accumulated: int, sync_bn: bool) -> list[str]:

@@ -16,6 +16,7 @@ from datasets.loaders import VideoLoader
 from engine.averaging import AveragedWeights
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
+from engine.optim import load_optimizer
 from engine.reporter import Reporter
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
@@ -204,8 +205,7 @@ def restore_training(
         CheckpointError: the optimizer's state does not fit the model.
     """
     refuse_other_shapes(checkpoint["optimizer"], optimizer, source)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    load_optimizer(optimizer, checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     old_accumulation = checkpoint["config"]["solver"]["grad_accumulation_steps"]
     updates = checkpoint.get("step", 0) // old_accumulation

@@ -31,6 +31,7 @@ from tools import (
     download_weights,
     motion_demo,
     motion_test,
+    plan,
     prepare_data,
     visualize,
 )
@@ -356,6 +357,10 @@ def tool_cases() -> Iterator[Case]:
         ("browse_data: no clips", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "--clips", "0"], {}),
         ("browse_data: no such list", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "data.val_list=DIR/gone"], {}),
         ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
+        ("plan: a GPU without a size", plan.main, ["DIR/tiny.yaml", "--gpu", "large"], {}),
+        ("plan: no GPUs", plan.main, ["DIR/tiny.yaml", "--gpus", "0"], {}),
+        ("plan: no videos", plan.main, ["DIR/tiny.yaml", "--videos", "0"], {}),
+        ("plan: a misspelt key", plan.main, ["DIR/tiny.yaml", "data.batchsize=1"], {}),
         ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
         ("extract: no size", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--short_side", "0"], {}),

@@ -433,6 +433,19 @@ FIELDS = {
         "Learning rate of the classifier after the warm-up. `solver.clip_ratio` sets that of the side network.",
         _ABOVE_0,
     ),
+    "solver.lr_scale": Field(
+        "str",
+        "none",
+        "`linear` multiplies `solver.lr` by the videos of an update on all processes, over `solver.lr_batch`.",
+        _one_of("linear", "none"),
+    ),
+    "solver.lr_batch": Field(
+        "int",
+        256,
+        "Videos of an update that `solver.lr` is meant for; the paper's ViT-B/16 takes 8 GPUs x 32. In a shipped "
+        "configuration, these are 8 x its `data.batch_size`. Only `solver.lr_scale: linear` reads it.",
+        _from_to(1, 100000000),
+    ),
     "solver.lr_warmup_step": Field(
         "float", 0.0, "Number of warm-up epochs, in which the learning rate rises from 0.", _at_least(0)
     ),
@@ -471,6 +484,16 @@ FIELDS = {
         "amp",
         "Type of matrix products. `amp`: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.",
         _one_of("amp", "bf16", "fp16", "fp32"),
+    ),
+    "solver.tf32": Field(
+        "bool",
+        False,
+        "On a GPU, float32 products and convolutions take TF32, which rounds their inputs to 10 bits.",
+    ),
+    "solver.deterministic": Field(
+        "bool",
+        False,
+        "On a GPU, take operators that give the same bits in every run; one that cannot ends the run. It is slower.",
     ),
     "solver.recompute": Field(
         "bool",
