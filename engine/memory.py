@@ -1,11 +1,8 @@
 """Memory of the device: what was planned, what it came to, and what to change when it is too little."""
 
 import logging
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from dotmap import DotMap
@@ -77,22 +74,6 @@ def explaining_memory(config: DotMap, device: torch.device, training: bool) -> I
             f"{device}: out of memory with {data.batch_size} videos of {data.num_sample} clip(s) and "
             f"{data.num_segments} frames{peak}; {advise_batch(config, room)}"
         ) from error
-
-
-def peak_device_bytes(device: torch.device) -> int | None:
-    """The most bytes of tensors that this process has had on its GPU; None without one."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def peak_process_bytes() -> int:
-    """The most bytes of main memory that this process has had, without its loader processes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the program that has started this one
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def advise_batch(config: DotMap, room: int | None) -> str:

@@ -31,8 +31,8 @@ from dotmap import DotMap
 from torch import Tensor
 
 from datasets.video_dataset import VideoDataset
-from engine.memory import peak_device_bytes, peak_process_bytes
 from engine.metrics import validation_metrics
+from engine.peak_memory import peak_device_bytes, peak_process_bytes
 from engine.pictures import batch_picture
 from engine.sinks import LogSink, Row, Sink
 from engine.throughput import Clock, Throughput
