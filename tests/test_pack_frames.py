@@ -176,8 +176,9 @@ def test_damage_of_a_packed_file_is_one_line_that_names_it(packed, damage):
 def test_check_data_names_a_damaged_packed_file(packed, damage):
     _, out, records = packed
     DAMAGE[damage](out / "video 1.zip")
-    findings, digest = check_frame_folder(Task("train", str(out), records[1]), TEMPLATE, 1, False)
-    assert digest is None and findings and all("\n" not in finding.message for finding in findings)
+    checked = check_frame_folder(Task("train", str(out), records[1]), TEMPLATE, 1, False)
+    findings = checked.findings
+    assert checked.digest is None and findings and all("\n" not in finding.message for finding in findings)
     assert findings[0].message.startswith(f"{out}/video 1") and findings[0].severity == "error"
 
 
