@@ -1,5 +1,6 @@
 """Segments of videos: the frames of a slice of the whole video, read without decoding what lies before."""
 
+import contextlib
 import shutil
 
 import av
@@ -10,9 +11,10 @@ from tiny import loader_config, smooth_pictures
 
 import datasets.segments
 from datasets.annotations import VideoRecord, read_annotations
-from datasets.loaders import build_train_loader
+from datasets.decoders import Converter, Damage, FrameCountError
+from datasets.loaders import build_eval_loader, build_train_loader
 from datasets.readers import FrameFolderReader, VideoFileReader
-from datasets.segments import scan
+from datasets.segments import SegmentDecoder, SegmentError, scan
 from engine.configuration import default_config
 from inference.inputs import PathReader, find_videos
 from inference.overlay import all_frames
@@ -111,6 +113,116 @@ def test_a_file_that_changed_is_scanned_again_and_packets_unlike_the_scan_are_no
     shutil.copy(folder / "b_frames.mp4", path)
     assert np.array_equal(open_segment(tmp_path, path.name, 150, 4).read([0, 3]), frames["b_frames.mp4"][150:154:3])
     assert datasets.segments.read_at(str(path), scan(str(folder / "long_groups.mov")), [150]) is None
+
+
+def damaged_copy(source, path, numbers):
+    """A copy in which packets of these numbers, in file order, hold noise behind their headers."""
+    with av.open(str(source)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content, rng = bytearray(source.read_bytes()), np.random.default_rng(1)
+    for number in numbers:
+        place, size = places[number]
+        place = content.index(bytes(content[place + size - 16 : place + size]), place) + 16 - size  # mkv: of the block
+        content[place + 12 : place + size] = rng.bytes(size - 12)
+    path.write_bytes(content)
+
+
+def decoded_by_time(path):
+    """The times of the packets in order of presentation, and {time: frame} of all frames that FFmpeg decodes."""
+    convert, found, times = Converter(), {}, []
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for packet in container.demux(video=0):
+            times += [packet.pts] if packet.size else []
+            with contextlib.suppress(av.FFmpegError):
+                found.update((frame.pts, convert(frame)) for frame in packet.decode())
+    return sorted(times), found
+
+
+def read_what_there_is(video, choose):
+    try:
+        return video.read(choose(video.num_frames))
+    except FrameCountError as error:
+        return video.read(choose(error.num_frames))
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "long_groups.mov", "h264.mkv", "vp9.webm"])
+def test_segments_of_a_damaged_file_have_the_frames_that_ffmpeg_decodes_at_their_times(videos, tmp_path, name):
+    folder, intact = videos
+    path, seen = tmp_path / name, set()
+    for numbers in ([100], [103, 104, 107], [1], list(range(120, 140))):
+        damaged_copy(folder / name, path, numbers)
+        times, found = decoded_by_time(path)
+        assert scan(str(path)) is not None
+        for first, count in ((0, 20), (85, 40), (102, 4), (125, 5), (180, 20)):
+            expected = [found[time] for time in times[first : first + count] if time in found]
+            for choose in (range, lambda n: sorted({0, n // 2, n - 1})):
+                segment = open_segment(tmp_path, name, first, count)
+                if not expected:
+                    with pytest.raises(DataError, match=f"{name}: .*no frame of the segment can be decoded.*list:7"):
+                        segment.read(list(choose(count)))
+                    continue
+                frames = read_what_there_is(segment, choose)
+                whole = len(frames) == len(choose(count)) and segment.damage() is None
+                others = expected if not whole else intact[name][first : first + count]
+                assert np.array_equal(frames, [others[index] for index in choose(len(others))])
+                if choose is range:
+                    changed = len(expected) < count or not np.array_equal(expected, intact[name][first : first + count])
+                    assert not changed or segment.damage().startswith(f"{path}: damaged (")
+                    assert first < 180 or segment.damage() is None  # the damage lies in groups before
+                    seen |= {"lost"} if len(expected) < count else {"changed"} if changed else set()
+    assert seen
+
+
+def test_segments_of_a_damaged_file_without_a_scan_count_the_frames_that_can_be_decoded(videos, tmp_path):
+    folder, _ = videos
+    path = tmp_path / "mpeg4.avi"
+    damaged_copy(folder / path.name, path, [36, 100])
+    _, found = decoded_by_time(path)
+    whole = VideoFileReader(str(tmp_path), "pyav").open(VideoRecord(path.name, None, 0, "list:1"))
+    frames = whole.read(range(whole.num_frames))
+    for first, count in ((0, 30), (90, 30), (len(frames) - 5, 5)):
+        segment = open_segment(tmp_path, path.name, first, count)
+        assert np.array_equal(segment.read(range(count)), frames[first : first + count])
+        assert (segment.damage() is not None) == (first > 0)
+    with pytest.raises(DataError, match=f"the segment .* has {len(frames)} frames"):
+        open_segment(tmp_path, path.name, len(frames) - 5, 6).read([0])
+
+
+@pytest.mark.parametrize("on_damage", ["accept", "error"])
+def test_a_test_scores_a_damaged_segment_and_names_it(videos, tmp_path, on_damage):
+    folder, intact = videos
+    damaged_copy(folder / "b_frames.mp4", tmp_path / "b_frames.mp4", range(120, 140))
+    path = tmp_path / "list.txt"
+    path.write_text("b_frames.mp4 0 20 0\nb_frames.mp4 115 20 1\n")
+    keys = {"modality": "video", "decoder": "pyav", "segments": True, "workers": 0, "on_damage": on_damage}
+    config = loader_config((str(tmp_path), str(path)), **keys)
+    loader = build_eval_loader(config)
+    batches = list(loader)
+    told = loader.damaged if on_damage == "accept" else loader.unreadable
+    assert [index for index, _ in told] == [1] and "b_frames.mp4: damaged (" in told[0][1] and "list.txt:2" in told[0][1]
+    assert sum(len(batch["indices"]) for batch in batches) == (2 if on_damage == "accept" else 1)
+
+
+class OneFrameLess:
+    """A decoder like decord, which counts a last packet without a frame until it reads it."""
+
+    num_frames, damage = 10, Damage()
+
+    def __init__(self, path):
+        pass
+
+    def read(self, indices):
+        if self.num_frames == 10 and indices[-1] == 9:
+            self.num_frames = 9
+            raise FrameCountError(10, 9)
+        return list(indices)
+
+
+def test_a_segment_that_ends_at_a_frame_that_only_the_decoder_counts_ends_behind_the_file():
+    assert SegmentDecoder("a.avi", 4, 5, OneFrameLess).read([0, 4]) == [4, 8]
+    with pytest.raises(SegmentError, match="frames 5 to 9, but the file has 9 frames"):
+        SegmentDecoder("a.avi", 5, 5, OneFrameLess).read([0, 4])
 
 
 @pytest.mark.parametrize("name", KINDS)
