@@ -18,7 +18,8 @@ SUFFIX = ".zip"
 _END = struct.Struct("<4s4H2LH")  # the record at the end of a zip file
 _LOCATOR = struct.Struct("<4sLQL")  # before it in a large file: where the record of the large form is
 _LARGE_END = struct.Struct("<4sQ2H2L4Q")  # the record of the large form
-# An entry of the directory: flags, method, checksum, size, lengths of name, extra fields and comment, start. These follow.
+# An entry of the directory: flags, method, checksum, size, lengths of the three parts that follow, start. The parts are
+# the name, extra fields and a comment.
 _ENTRY = struct.Struct("<8x2H4xL4xL3H8xL")
 _LOCAL = struct.Struct("<4s5H3L2H")  # the header before the content of a file; name and extra fields follow
 _ENTRY_SIZE, _LOCAL_SIZE = _ENTRY.size, _LOCAL.size

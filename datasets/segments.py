@@ -4,8 +4,8 @@ A scan of the packets, once for each file and process, proves where decoding may
 before. A segment is then read from the last such place before it. Its packets are compared with the scan. Where this is
 not possible, or decoding meets damage, the file is decoded from its start.
 
-In a file with a scan, a packet that cannot be decoded keeps its frame number, so damage moves no other segment. In a file
-without one, frames are counted as they are decoded.
+In a file with a scan, a packet that cannot be decoded keeps its frame number, so damage moves no other segment. In
+other files, only frames that can be decoded are counted.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from datasets.decoders import (
 # packet that lies between place and segment is read, but not decoded.
 SHORTEST_GROUP = 64
 
-# A damaged file may give frames in another order than that of presentation. H.264 and VP9 decoders keep at most 16 frames.
+# A damaged file may give frames in another order than that of presentation. A decoder holds back at most 16 frames.
 MOST_REORDERED = 17
 
 # Files whose scans a process keeps. A file of 100,000 frames takes 0.1 MB.

@@ -10,12 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import write_packets, write_video
+from tiny import spoil_packets, write_packets, write_video
 
 from datasets.annotations import VideoRecord, read_annotations
 from tools import check_videos, prepare_data
@@ -700,17 +699,17 @@ def test_a_long_video_is_decoded_once_for_all_its_segments_and_its_damage_fails_
 def test_damage_of_a_long_video_is_a_warning_of_its_first_segment(segments):
     path = segments.media / "a.mp4"
     write_packets(path, 30, b_frames=0, keys=250)
-    with av.open(str(path)) as container:
-        packet = [packet for packet in container.demux(video=0) if packet.size][25]
-    content = bytearray(path.read_bytes())
-    content[packet.pos + 12 : packet.pos + packet.size] = b"\xff" * (packet.size - 12)
-    path.write_bytes(content)
+    spoil_packets(path, [25])
     status, findings, _ = segments.check()
     (finding,) = findings
     assert status == 0 and (finding["severity"], finding["kind"]) == ("warning", "damaged")
     assert finding["place"].endswith("val.txt:1") and f"{path}: damaged (" in finding["message"]
     status, findings, _ = segments.check("data.on_damage=error")
-    assert status == 1 and [f["place"].rpartition("/")[2] for f in findings] == ["train.txt:1", "train.txt:2", "val.txt:1"]
+    assert status == 1 and [f["place"].rpartition("/")[2] for f in findings] == [
+        "train.txt:1",
+        "train.txt:2",
+        "val.txt:1",
+    ]
 
 
 def test_segments_of_frames_that_start_behind_the_last_frame_or_are_endless_are_named(tmp_path, capsys):
