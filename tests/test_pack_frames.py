@@ -153,6 +153,9 @@ DAMAGE = {
     "large form without its field": lambda path: patched(path, directory(path) + 20, b"\xff" * 8),
     "huge directory": lambda path: patched(path, -10, b"\xf0\xff\xff\x7f"),
     "large form without its record": lambda path: patched(path, -14, b"\xff\xff\xff\xff"),
+    "large form at a place without end": lambda path: path.write_bytes(
+        b"PK\6\7" + bytes(4) + b"\xff" * 8 + bytes(4) + b"PK\5\6" + bytes(4) + b"\xff" * 12 + bytes(2)
+    ),
     "missing": lambda path: rewritten(path, other=b"x"),
     "name outside": lambda path: rewritten(path, **{f"../{TEMPLATE.format(1)}": b"x"}),
     "no image": lambda path: rewritten(path, **{TEMPLATE.format(1): b"text"}),
@@ -197,6 +200,29 @@ def test_a_long_directory_is_searched_by_bisection_and_unsorted_ones_are_read_wh
             for name in (names[0], names[77], names[199], names[5]):
                 assert frames.read(name) == (name * 3).encode()
     assert {Path(path).name for path in read} == {"unsorted.zip", "uneven.zip"}
+
+
+@pytest.mark.parametrize("end_block", [30, 2**15])
+def test_frames_are_read_in_any_order_and_again_from_directories_of_any_length(packed, monkeypatch, end_block):
+    root, out, _ = packed
+    monkeypatch.setattr(frame_archives, "END_BLOCK", end_block)
+    names = [TEMPLATE.format(number) for number in (5, 1, 3, 3, 2, 5, 4)]
+    with FrameArchive(str(out / "video 0.zip")) as frames:
+        for name in names:
+            assert frames.read(name) == Path(root, "video 0", name).read_bytes()
+
+
+def test_a_name_that_is_part_of_another_is_not_mistaken_for_it(tmp_path):
+    names = ["a1.jpg", "1.jpg", "11.jpg", "1.jpg.jpg"]
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, f"of {name}")
+    with FrameArchive(str(tmp_path / "v.zip")) as frames:
+        for name in [*names, *names[::-1]]:
+            assert frames.read(name) == f"of {name}".encode()
+        for name in ("jpg", ".jpg", "a1", "1.jp"):
+            with pytest.raises(FileNotFoundError):
+                frames.read(name)
 
 
 def test_zip_files_of_other_programs_are_read(tmp_path):

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import loader_config, smooth_pictures, spoil_packets
+from tiny import loader_config, save_untrained, score_run, smooth_pictures, spoil_packets
 
 import datasets.segments
 from datasets.annotations import VideoRecord, read_annotations
@@ -33,6 +33,9 @@ KINDS = {
     "open_groups.mp4": ("libx264", {"g": "20", "x264-params": "open-gop=1"}, False),
 }
 SEGMENTS = [(0, 1), (0, COUNT), (63, 3), (64, 1), (79, 2), (80, 40), (137, 20), (150, 50), (COUNT - 1, 1)]
+
+
+SHORT_AND_LONG = [(0, 12, 0), (0, 4, 1), (7, 5, 0), (6, 6, 1), (11, 1, 0), (1, 5, 0)]  # first frame, frames, label
 
 
 def write(path, codec, options):
@@ -295,6 +298,36 @@ def test_training_samples_a_segment_as_if_it_were_a_video(videos, tmp_path):
         dataset[0, index]
         indices = dataset.sample(9, 0, index)
         assert np.array_equal(seen[index], [frames[name][first + i] for i in indices])
+
+
+def test_the_score_file_names_segments_with_their_numbers(config, motion_root, tmp_path):
+    save_untrained(config, tmp_path / "model.pt")
+    path = tmp_path / "list.txt"
+    path.write_text("val_00000 0 4 0\nval_00000 2 4 1\nval_00001 1 5 2\n")
+    saved = score_run(config, tmp_path / "model.pt", tmp_path / "s.npz", f"data.val_list={path}", "data.segments=True")
+    assert saved["paths"].tolist() == ["val_00000 0 4", "val_00000 2 4", "val_00001 1 5"]
+    assert saved["labels"].tolist() == [0, 1, 2] and not np.array_equal(saved["scores"][0], saved["scores"][1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_min_frames_and_balance_take_a_segment_for_a_video(make_frame_folders, tmp_path, caplog, packed):
+    root, _ = make_frame_folders([12])
+    if packed:
+        prepare_data.main(["pack", root, str(tmp_path / "packed"), "--workers", "0"])
+        root = str(tmp_path / "packed")
+    path = tmp_path / "segments.txt"
+    path.write_text("".join(f"video 0 {first} {count} {label}\n" for first, count, label in SHORT_AND_LONG))
+    config = loader_config((root, str(path)), segments=True, min_frames=5, balance=True, workers=0)
+    with caplog.at_level("INFO"):
+        loader = build_train_loader(config)
+    assert f"{path}: 2 of 6 videos left out, which have fewer frames than data.min_frames 5" in caplog.messages
+    assert [record.name for record in loader.dataset.records] == [
+        f"video 0 {first} {count}" for first, count, _ in SHORT_AND_LONG if count >= 5
+    ]
+    labels = [batch["labels"].tolist() for batch in loader]
+    assert sorted(sum(labels, [])) == [0, 0, 1, 1]
+    assert len(build_eval_loader(config).dataset) == 4
+    assert len(build_eval_loader(config, every_video=True).dataset) == 6
 
 
 def test_predict_reads_a_list_of_segments(videos, tmp_path):
