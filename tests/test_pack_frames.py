@@ -202,6 +202,20 @@ def test_a_long_directory_is_searched_by_bisection_and_unsorted_ones_are_read_wh
     assert {Path(path).name for path in read} == {"unsorted.zip", "uneven.zip"}
 
 
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_one_changed_bit_of_a_frame_is_found_by_its_checksum(packed, place):
+    root, out, _ = packed
+    name, path = TEMPLATE.format(2), out / "video 1.zip"
+    frame = (root / "video 1" / name).read_bytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(frame) + round(place * (len(frame) - 1))] ^= 1
+    path.write_bytes(content)
+    with FrameArchive(str(path)) as frames:
+        assert frames.read(TEMPLATE.format(1)) == (root / "video 1" / TEMPLATE.format(1)).read_bytes()
+        with pytest.raises(DataError, match=f"{path}: {name} is damaged: its checksum is not the stated one"):
+            frames.read(name)
+
+
 @pytest.mark.parametrize("end_block", [30, 2**15])
 def test_frames_are_read_in_any_order_and_again_from_directories_of_any_length(packed, monkeypatch, end_block):
     root, out, _ = packed

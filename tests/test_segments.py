@@ -1,6 +1,7 @@
 """Segments of videos: the frames of a slice of the whole video, read without decoding what lies before."""
 
 import contextlib
+import dataclasses
 import shutil
 
 import av
@@ -94,6 +95,24 @@ def test_a_segment_far_into_a_file_is_read_from_the_nearest_place_before_it(vide
             open_segment(folder, name, first, 10).read([3, 9]), frames[name][first + 3 : first + 10 : 6]
         )
     assert max(read) < COUNT
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, places) in KINDS.items() if places])
+def test_a_seek_that_lands_elsewhere_is_noticed_and_the_file_is_decoded_from_its_start(videos, name, monkeypatch):
+    folder, frames = videos
+    found = scan(str(folder / name))
+    group = len(found.sizes) // 2
+    first, places = int(found.first_frames[group]), found.places.copy()
+    assert np.array_equal(datasets.segments.read_at(str(folder / name), found, [first + 2]), [frames[name][first + 2]])
+    for other in (group - 1, group + 1):
+        places[group, 1:] = found.places[other, 1:]  # the times to which the container is told to seek
+        places[group, 0] = min(found.places[group, 0], found.places[other, 0])
+        wrong = dataclasses.replace(found, places=places)
+        read = datasets.segments.read_at(str(folder / name), wrong, [first + 2])
+        assert read is None or np.array_equal(read, [frames[name][first + 2]])
+        monkeypatch.setattr(datasets.segments, "scan", lambda path, wrong=wrong: wrong)
+        segment = open_segment(folder, name, first, 5)
+        assert np.array_equal(segment.read([2, 4]), frames[name][first + 2 : first + 5 : 2]) and not segment.damage()
 
 
 @pytest.mark.parametrize("name", ["b_frames.mp4", "h264.mkv", "mpeg4.avi"])
