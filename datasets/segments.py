@@ -111,8 +111,10 @@ class SegmentDecoder:
         if self._scan is not None:
             if self._times is None and (frames := read_at(self._path, self._scan, wanted)) is not None:
                 return frames
-            if self._times or (times := shown_times(self._path, self._first, self._length)):
-                return self._read_by_time(indices, self._times or self._decoded_times(times))
+            if not self._times and (times := shown_times(self._path, self._first, self._length)):
+                self._times = self._decoded_times(times)
+            if self._times:
+                return self._read_by_time(indices, self._times)
         return self._read_from_start(wanted)
 
     def _decoded_times(self, times: list[int]) -> list[int]:
