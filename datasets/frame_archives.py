@@ -31,7 +31,7 @@ NO_FILE = "a pipe, a socket, a device or a folder"
 
 # A longer directory is not read as a whole: a film of 100,000 frames has one of 6 MB, for a few wanted entries.
 LONGEST_DIRECTORY = 2**16  # bytes
-END_BLOCK = 2**15  # bytes at the end of a file that are read first; they hold the directory of 500 frames
+END_BLOCK = 20 * 2**10  # bytes at the end of a file that are read first; they hold the directory of 340 frames
 
 
 class Frames(Protocol):

@@ -165,6 +165,15 @@ DAMAGE = {
 }
 
 
+REASONS = {
+    "cut": "is no complete zip file",
+    "compressed": "is compressed or encrypted",
+    "encrypted": "is compressed or encrypted",
+    "huge frame": "it ends behind the end of the contents",
+    "frame behind the end": "it ends behind the end of the contents",
+}
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_a_packed_file_is_one_line_that_names_it(packed, damage):
     _, out, records = packed
@@ -173,6 +182,7 @@ def test_damage_of_a_packed_file_is_one_line_that_names_it(packed, damage):
         FrameFolderReader(str(out), TEMPLATE).open(records[1]).read([0])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{out}/video 1") and "listed at " in str(caught.value)
+    assert REASONS.get(damage, "") in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -12,7 +12,7 @@ from tiny import loader_config, save_untrained, score_run, smooth_pictures, spoi
 
 import datasets.segments
 from datasets.annotations import VideoRecord, read_annotations
-from datasets.decoders import Converter, Damage, FrameCountError
+from datasets.decoders import Converter, Damage, FrameCountError, decode_all
 from datasets.loaders import build_eval_loader, build_train_loader
 from datasets.readers import FrameFolderReader, VideoFileReader
 from datasets.segments import SegmentDecoder, SegmentError, scan
@@ -184,6 +184,18 @@ def test_segments_of_a_damaged_file_have_the_frames_that_ffmpeg_decodes_at_their
                     assert first < 180 or segment.damage() is None  # the damage lies in groups before
                     seen |= {"lost"} if len(expected) < count else {"changed"} if changed else set()
     assert seen
+
+
+def test_frames_that_come_out_of_order_or_not_at_all_are_sorted_and_named(videos, monkeypatch):
+    folder, frames = videos
+    decoded = list(decode_all(str(folder / "b_frames.mp4")))
+    order = [*range(7), 8, 12, 9, 10, 11, *range(13, COUNT)]  # 7 is lost
+    monkeypatch.setattr(datasets.segments, "decode_all", lambda *args: (decoded[number] for number in order))
+    monkeypatch.setattr(datasets.segments, "read_at", lambda *args: None)
+    segment = open_segment(folder, "b_frames.mp4", 5, 8)
+    expected = [frames["b_frames.mp4"][number] for number in (5, 6, 8, 9, 10, 11, 12)]
+    assert np.array_equal(read_what_there_is(segment, range), expected)
+    assert "damaged (1 packet without a frame)" in segment.damage()
 
 
 def test_segments_of_a_damaged_file_without_a_scan_count_the_frames_that_can_be_decoded(videos, tmp_path):
