@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
-    config = read_config(args.config, args.overrides, purpose="train")
+    config = read_config(args.config, args.overrides, purpose="train", complete=True)
     train(config, args.output, args.allow_config_change)
     close_distributed()
 

@@ -53,9 +53,15 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
-    """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`."""
-    return resolve_config(load_config(path, overrides, purpose, missing_parts if purpose == "train" else None))
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train", complete: bool = False
+) -> DotMap:
+    """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`.
+
+    Args:
+        complete: everything that a training needs must be there, not only its data.
+    """
+    return resolve_config(load_config(path, overrides, purpose, missing_parts if complete else None))
 
 
 def installed(package: str) -> bool:

@@ -75,6 +75,7 @@ def test_the_rows_are_what_enters_the_model_in_training(config, monkeypatch, tmp
 
     loader, model = build_train_loader(resolved), Keeper(1, 10)
     model.no_sync = None
+    model.__dict__["trained"] = model  # all of it, without a cycle of modules
     precision = resolve_precision("fp32", torch.device("cpu"))
     loader.sampler.set_epoch(1)
     optimizer = torch.optim.SGD([{"params": model.parameters(), "base_lr": 0.1}])

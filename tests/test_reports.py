@@ -212,7 +212,9 @@ def test_all_that_is_missing_is_named_in_one_line(config, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     gone = [f"data.{key}=gone" for key in ("train_list", "val_root", "label_list")]
     with pytest.raises(ConfigError) as caught:
-        read_config(config, [*gone, "network.init=True", "network.arch=ViT-B/16", "network.backbone_kwargs={}"])
+        read_config(
+            config, [*gone, "network.init=True", "network.arch=ViT-B/16", "network.backbone_kwargs={}"], complete=True
+        )
     line = caught.value.line
     assert line.startswith("4 things are missing: ") and "\n" not in line
     assert all(f"data.{key}: no such" in line for key in ("train_list", "val_root", "label_list"))
@@ -222,7 +224,7 @@ def test_all_that_is_missing_is_named_in_one_line(config, tmp_path, monkeypatch)
 def test_wandb_that_is_not_installed_is_one_line(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="^logging.wandb: the package wandb is not installed; pip install -r req"):
-        read_config(config, ["logging.wandb=mine"])
+        read_config(config, ["logging.wandb=mine"], complete=True)
 
 
 def test_wandb_is_told_the_rows(config, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ USAGE = "usage: python -m tools.check_config train|test CONFIG [key=value ...]"
 def main(argv: list[str]) -> None:
     match argv:
         case ["train" | "test" as purpose, path, *overrides]:
-            read_config(path, overrides, purpose)
+            read_config(path, overrides, purpose, complete=purpose == "train")
         case _:
             raise ConfigError(USAGE)
 
