@@ -25,9 +25,9 @@ from datasets.decoders import open_container
 from datasets.sampling import sample_test
 from engine.loops import view_scores
 from inference.inputs import given_videos
-from inference.recognizer import Recognizer, top_classes
+from inference.recognizer import Recognizer, checkpoint_file, top_classes
 from inference.stream import FRAME_RATE, Timeline, Window, describe_segments
-from inference.timeline_plot import timeline_png
+from inference.timeline_plot import seconds_text, timeline_png
 from utils.errors import DataError, UserError
 
 # FFmpeg's names of the containers of datasets/video_files.py. Others, such as play lists, may lead to other files.
@@ -35,7 +35,8 @@ CONTAINERS = "asf,avi,flv,matroska,mov,mpeg,mpegts,mpegvideo,ogg"
 MOST_PIXELS = 2**25  # of a frame; 8K has fewer
 WINDOWS_OF_A_LONG_VIDEO = 2  # a video with fewer has no time line
 PROGRESS_STEPS = 50
-SMALLEST_PICTURE = 112  # pixels on the screen
+FEW_FRAMES = 8  # have larger pictures on the screen
+TITLE = "What does this video show?"
 STYLE = """<style>
 .s4v h3 { margin: 1.2em 0 0.4em; font-size: 1.1em; font-weight: 600 }
 .s4v p { margin: 0.3em 0 }
@@ -47,10 +48,11 @@ STYLE = """<style>
 .s4v .bar div { background: #0072b2; border-radius: 3px; height: 100% }
 .s4v .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .s4v .first { font-weight: 600 }
-.s4v .frames { display: flex; flex-wrap: wrap; gap: 0.7em }
+.s4v h1 { margin: 0 0 0.4em; font-size: 1.6em; font-weight: 600 }
+.s4v .frames { display: grid; gap: 0.7em }
 .s4v figure { margin: 0 }
 .s4v figcaption { font-size: 0.8em; opacity: 0.75; text-align: center }
-.s4v figure img { image-rendering: pixelated; display: block; border-radius: 3px; margin: 0 }
+.s4v figure img { image-rendering: pixelated; display: block; border-radius: 3px; margin: 0; width: 100% }
 .s4v .timeline { width: 100%; max-width: 1100px; border-radius: 3px; margin: 0.5em 0 }
 .s4v .segments { display: grid; grid-template-columns: repeat(3, max-content); gap: 0.2em 1.5em }
 .s4v progress { width: 16em; vertical-align: middle; accent-color: #0072b2 }
@@ -217,23 +219,28 @@ def remove_upload(path: str) -> None:
 
 
 def remove_older(folder: str, earliest: float) -> None:
-    """Remove files in a folder, at any depth, that nobody has changed since `earliest`: uploads without an answer."""
-    for path in Path(folder).rglob("*"):
-        with contextlib.suppress(OSError):  # another answer has removed it
+    """Remove what nobody has changed since `earliest`, at any depth of a folder: uploads without an answer."""
+    for path in sorted(Path(folder).rglob("*"), reverse=True):
+        with contextlib.suppress(OSError):  # it is gone, or a folder that is not empty
             if path.is_file() and path.stat().st_mtime < earliest:
-                remove_upload(str(path))
+                path.unlink()
+            elif path.is_dir() and path.stat().st_mtime < earliest:
+                path.rmdir()
 
 
 def introduction_html(recognizer: Recognizer, checkpoint: str, limits: Limits) -> str:
     """What the page is, for people who see it for the first time."""
     data, names = recognizer.config.data, recognizer.class_names
+    file = checkpoint_file(Path(checkpoint)).absolute()
+    name = os.path.join(file.parent.name, file.name)
     size = f"{data.input_size} × {data.input_size}"
     return section(
+        f"<h1>{TITLE}</h1>"
         f"<p>Drop a video of at most {_length(limits.max_seconds)} and {limits.max_mb:g} MB below. The model looks at "
         f"{data.num_segments} of its frames and says which of {len(names)} classes it shows. The file is removed from "
         f"the server as soon as the answer is there.</p>"
         f"<details><summary>The {len(names)} classes</summary><p>{escape(', '.join(names))}</p></details>"
-        f'<p class="facts">Model: {escape(Path(checkpoint).name)} &middot; {data.num_segments} frames of {size} pixels '
+        f'<p class="facts">Model: {escape(name)} &middot; {data.num_segments} frames of {size} pixels '
         f"&middot; runs on {escape(str(recognizer.precision.device))}</p>"
     )
 
@@ -247,9 +254,9 @@ def answer_html(name: str, seconds: float, answer: Answer) -> str:
             f'<div class="bar"><div style="width: {100 * score:.2f}%"></div></div>'
             f'<div class="number{first}">{100 * score:.1f} %</div>'
         )
-    width = max(SMALLEST_PICTURE, answer.pixels.shape[2] // 2)
+    columns = f"repeat(auto-fill, minmax({9 if len(answer.frames) <= FEW_FRAMES else 6}em, 1fr))"
     pictures = [
-        f'<figure><img src="{data_uri(png(pixels))}" width="{width}" alt="frame {frame + 1} of the video">'
+        f'<figure><img src="{data_uri(png(pixels))}" alt="frame {frame + 1} of the video">'
         f"<figcaption>frame {frame + 1}</figcaption></figure>"
         for frame, pixels in zip(answer.frames, answer.pixels, strict=True)
     ]
@@ -261,7 +268,7 @@ def answer_html(name: str, seconds: float, answer: Answer) -> str:
         f"<h3>What the model saw</h3>"
         f'<p class="facts">{len(answer.frames)} frames, spread over the video as in a test of the model, resized and '
         f"cropped to {across} × {height} pixels. Nothing else of the video enters the model.</p>"
-        f'<div class="frames">{"".join(pictures)}</div>'
+        f'<div class="frames" style="grid-template-columns: {columns}">{"".join(pictures)}</div>'
     )
 
 
@@ -269,7 +276,8 @@ def timeline_html(
     windows: Sequence[Window], segments: list[dict], names: Sequence[str], window: float, damage: str
 ) -> str:
     rows = [
-        f'<div class="number">{segment["start"]:.2f} – {segment["end"]:.2f} s</div><div>{escape(segment["name"])}</div>'
+        f'<div class="number">{seconds_text(segment["start"])} – {seconds_text(segment["end"])} s</div>'
+        f"<div>{escape(segment['name'])}</div>"
         f'<div class="number">{100 * segment["score"]:.1f} %</div>'
         for segment in segments
     ]

@@ -58,7 +58,7 @@ def timeline_png(windows: Sequence[Window], segments: list[dict[str, Any]], name
     for number in range(6):
         seconds = start + (end - start) * number / 5
         draw.line((x(seconds), bottom, x(seconds), bottom + 5), fill="#333333")
-        draw.text((x(seconds), bottom + 10), f"{seconds:.2f} s", fill="#333333", font=font, anchor="mt")
+        draw.text((x(seconds), bottom + 10), f"{seconds_text(seconds)} s", fill="#333333", font=font, anchor="mt")
     label_of = {name: label for label, name in reversed(list(enumerate(names)))}
     for number, name in enumerate(leading):
         points = [(x((w.start + w.end) / 2), y(float(w.scores[label_of[name]]))) for w in windows]
@@ -72,6 +72,11 @@ def timeline_png(windows: Sequence[Window], segments: list[dict[str, Any]], name
     content = io.BytesIO()
     image.save(content, "PNG")
     return content.getvalue()
+
+
+def seconds_text(seconds: float) -> str:
+    """With two decimals, and no sign before a zero."""
+    return f"{round(seconds, 2) + 0.0:.2f}"
 
 
 def shortened(name: str, most: int = 28) -> str:

@@ -24,12 +24,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.video_files import VIDEO_SUFFIXES
-from inference.page import Limits, answers, introduction_html, remove_older
+from inference.page import TITLE, Limits, answers, introduction_html, remove_older
 from inference.recognizer import Recognizer
 from tools.recognizer_options import add_checkpoint_options, load_recognizer
 from utils.errors import ConfigError, UserError, run_program
 
-TITLE = "What does this video show?"
 UNANSWERED_SECONDS = 3600  # an upload that nobody waits for any more is removed after so long
 WAITING = 16  # answers that may wait for their turn; one is computed at a time
 # The browser asks this server only: Gradio's page would load a few things from elsewhere.
@@ -40,11 +39,13 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     gradio = import_gradio()
     with tempfile.TemporaryDirectory(prefix="demo_page.") as folder, listen(args.host, args.port) as server:
-        page = build_page(gradio, load_recognizer(args), args, folder)
+        app = build_app(gradio, build_page(gradio, load_recognizer(args), args, folder), args.max_mb)
         host, port = server.getsockname()[:2]
         sys.stdout.write(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}/ until Ctrl+C\n")
         sys.stdout.flush()
-        serve(gradio, page, server, args.max_mb)
+        uvicorn = importlib.import_module("uvicorn")  # comes with Gradio, as FastAPI does
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[server])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -116,7 +117,6 @@ def build_page(gradio: ModuleType, recognizer: Recognizer, args: argparse.Namesp
                 yield None, *texts
 
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gradio.Markdown(f"# {TITLE}")
         gradio.HTML(introduction_html(recognizer, args.checkpoint, limits))
         upload = gradio.File(label="Video", file_types=list(VIDEO_SUFFIXES), height=140)
         shown = gradio.HTML(), gradio.HTML()
@@ -124,15 +124,13 @@ def build_page(gradio: ModuleType, recognizer: Recognizer, args: argparse.Namesp
     return page.queue(max_size=WAITING)
 
 
-def serve(gradio: ModuleType, page: Any, server: socket.socket, max_mb: float) -> None:
-    """Answer requests until a signal ends the program."""
-    fastapi, uvicorn = map(importlib.import_module, ("fastapi", "uvicorn"))  # both come with Gradio
-    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+def build_app(gradio: ModuleType, page: Any, max_mb: float) -> Callable:
+    """The ASGI application that has the page at its root."""
+    app = importlib.import_module("fastapi").FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"theme": theme, "footer_links": [], "ssr_mode": False, "mcp_server": False, "show_error": False}
     gradio.mount_gradio_app(app, page, path="/", max_file_size=int(max_mb * 1e6), **options)
-    config = uvicorn.Config(with_policy(app), log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[server])
+    return with_policy(app)
 
 
 def with_policy(app: Callable) -> Callable:
