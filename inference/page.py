@@ -55,7 +55,6 @@ STYLE = """<style>
 .s4v figure img { image-rendering: pixelated; display: block; border-radius: 3px; margin: 0; width: 100% }
 .s4v .timeline { width: 100%; max-width: 1100px; border-radius: 3px; margin: 0.5em 0 }
 .s4v .segments { display: grid; grid-template-columns: repeat(3, max-content); gap: 0.2em 1.5em }
-.s4v progress { width: 16em; vertical-align: middle; accent-color: #0072b2 }
 .s4v .error { border-left: 4px solid #d55e00; padding: 0.5em 0.9em; overflow-wrap: anywhere }
 </style>"""
 
@@ -254,7 +253,7 @@ def answer_html(name: str, seconds: float, answer: Answer) -> str:
             f'<div class="bar"><div style="width: {100 * score:.2f}%"></div></div>'
             f'<div class="number{first}">{100 * score:.1f} %</div>'
         )
-    columns = f"repeat(auto-fill, minmax({9 if len(answer.frames) <= FEW_FRAMES else 6}em, 1fr))"
+    columns = f"repeat(auto-fill, minmax({10 if len(answer.frames) <= FEW_FRAMES else 6}em, 1fr))"
     pictures = [
         f'<figure><img src="{data_uri(png(pixels))}" alt="frame {frame + 1} of the video">'
         f"<figcaption>frame {frame + 1}</figcaption></figure>"
@@ -266,8 +265,8 @@ def answer_html(name: str, seconds: float, answer: Answer) -> str:
         f'<p class="facts">{seconds:.1f} s, {answer.num_frames} frames. The most likely classes of the whole video:</p>'
         f'<div class="classes">{"".join(rows)}</div>'
         f"<h3>What the model saw</h3>"
-        f'<p class="facts">{len(answer.frames)} frames, spread over the video as in a test of the model, resized and '
-        f"cropped to {across} × {height} pixels. Nothing else of the video enters the model.</p>"
+        f'<p class="facts">The classes above follow from these {len(answer.frames)} frames alone, which are spread '
+        f"over the video as in a test of the model, resized, and cropped to {across} × {height} pixels.</p>"
         f'<div class="frames" style="grid-template-columns: {columns}">{"".join(pictures)}</div>'
     )
 
@@ -294,7 +293,8 @@ def timeline_html(
 
 def progress_html(share: float) -> str:
     """The time line while it is made; `share` of it is done, 0 to 1."""
-    return section(f'<h3>Time line</h3><p><progress value="{share:.2f}"></progress> {100 * share:.0f} %</p>')
+    bar = f'<div class="bar" role="progressbar"><div style="width: {100 * share:.0f}%"></div></div>'
+    return section(f'<h3>Time line</h3><p class="facts">{100 * share:.0f} % of the video is done.</p>{bar}')
 
 
 def error_html(line: str) -> str:

@@ -23,7 +23,15 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import browse_data, check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import (
+    browse_data,
+    check_data,
+    convert_checkpoint,
+    demo_page,
+    download_weights,
+    motion_demo,
+    prepare_data,
+)
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -364,6 +372,8 @@ def tool_cases() -> Iterator[Case]:
         ("download: an unknown name", download_weights.main, ["ViT-X"], {}),
         ("download: another file in its place", download_weights.main, ["EVA02-CLIP-L-14", "--dir", "DIR"],
          {"EVA02_CLIP_L_psz14_s4B.pt": b"mine"}),
+        ("demo page: no room for uploads", demo_page.main, ["DIR/m.pt", "--max_mb", "0"], {}),
+        ("demo page: a port that cannot be", demo_page.main, ["DIR/m.pt", "--port", "70000"], {}),
         ("demo data: no videos", motion_demo.main, ["DIR/demo", "--train_videos", "0"], {}),
         ("demo data: a folder that is in use", motion_demo.main, ["DIR/data/frames"], {}),
         ("utils.config: no arguments", config_program.main, [], {}),
