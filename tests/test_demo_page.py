@@ -120,9 +120,6 @@ def test_a_short_video_gets_no_time_line(recognizer, upload):
     assert len(pictures_in(answer)) == 4 and "Videos of 0.8 s or more also get a time line." in note
 
 
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n../../motion/videos/val_00000.mp4\n#EXT-X-ENDLIST\n"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "limits", "line"),
     [
@@ -130,7 +127,6 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n../../motion/videos/v
         ("a.mp4", None, Limits(1, 0.5), r"a\.mp4: longer than the 0\.5 s that this page takes"),
         ("a.mp4", b"", LIMITS, r"a\.mp4: is no video file that can be read here, or a damaged one"),
         ("a.mp4", b"hello", LIMITS, r"a\.mp4: is no video file that can be read here, or a damaged one"),
-        ("a.m3u8", PLAYLIST, LIMITS, r"a\.m3u8: is no video file that can be read here, or a damaged one"),
         ("&lt;b&gt;.mp4", b"hello", LIMITS, r"&amp;lt;b&amp;gt;\.mp4: is no video file .*"),
     ],
 )
@@ -139,6 +135,16 @@ def test_what_is_refused_gets_one_line_and_is_removed(recognizer, upload, name, 
     ((answer, timeline),) = answers(recognizer, str(path), limits, window=0.2, topk=2)
     assert re.fullmatch(f'<p class="error" role="alert">{line}</p></div>', answer.split("</style>")[1])
     assert timeline == "" and not path.parent.exists()
+
+
+def test_a_play_list_leads_to_no_other_file(upload, motion_root):
+    path = upload("a.mp4", b"ffconcat version 1.0
+file others/b.mp4
+")
+    (path.parent / "others").mkdir()
+    shutil.copy(motion_root / "videos" / "val_00000.mp4", path.parent / "others" / "b.mp4")
+    with pytest.raises(DataError, match=r"^a\.mp4: is no video file that can be read here, or a damaged one$"):
+        check_upload(str(path), LIMITS)
 
 
 def test_a_video_that_breaks_in_its_middle_keeps_its_answer(recognizer, upload, monkeypatch):
