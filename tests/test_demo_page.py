@@ -138,9 +138,7 @@ def test_what_is_refused_gets_one_line_and_is_removed(recognizer, upload, name, 
 
 
 def test_a_play_list_leads_to_no_other_file(upload, motion_root):
-    path = upload("a.mp4", b"ffconcat version 1.0
-file others/b.mp4
-")
+    path = upload("a.mp4", b"ffconcat version 1.0\nfile others/b.mp4\n")
     (path.parent / "others").mkdir()
     shutil.copy(motion_root / "videos" / "val_00000.mp4", path.parent / "others" / "b.mp4")
     with pytest.raises(DataError, match=r"^a\.mp4: is no video file that can be read here, or a damaged one$"):
