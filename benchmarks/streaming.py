@@ -44,7 +44,7 @@ COUNTED = (
 def recognizer_of(arch: str, side_width: int, precision: str) -> Recognizer:
     """The paper's model of a tower, with random weights."""
     network = {"arch": arch, "init": False, "side_dim": side_width, "backbone_kwargs": {}}
-    data = {"num_segments": FRAMES, "num_classes": CLASSES, "input_size": SIZE}
+    data = {"num_segments": FRAMES, "num_classes": CLASSES, "input_size": SIZE, "resize": SIZE}
     config = default_config(network=network, data=data, solver={"precision": precision})
     torch.manual_seed(0)
     names = [f"class {label}" for label in range(CLASSES)]

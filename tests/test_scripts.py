@@ -16,7 +16,7 @@ case "$*" in
 *find_spec*) shift 2; for name; do [ "$name" != "${MISSING:-}" ] || echo "$name"; done ;;
 -c*) ;;
 *"-m ruff"* | *"-m mypy"* | *"-m pytest"*) printf '[%s]' "$@"; echo; exit "${CHECK_STATUS:-0}" ;;
-*utils.config*) printf '[%s]' "$@"; echo; exit "${CONFIG_STATUS:-0}" ;;
+*utils.config* | *tools.check_config*) printf '[%s]' "$@"; echo; exit "${CONFIG_STATUS:-0}" ;;
 *) printf '[%s]' "$@"; echo; exit "${STATUS:-0}" ;;
 esac
 """

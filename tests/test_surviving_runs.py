@@ -126,7 +126,9 @@ def test_skipping_to_the_step_loads_none_of_the_videos_before_it(config, tmp_pat
     kill_after(math.inf)
     loaded, load = [], TrainVideoDataset._load
     monkeypatch.setattr(
-        TrainVideoDataset, "_load", lambda self, epoch, index: loaded.append(index) or load(self, epoch, index)
+        TrainVideoDataset,
+        "_load",
+        lambda self, epoch, index, place: loaded.append(index) or load(self, epoch, index, place),
     )
     train_run(config, tmp_path / "run", EVERY_UPDATE, "data.batch_size=2", "solver.epochs=1", "resume=auto")
     assert len(loaded) == 6 == len(set(loaded))  # three batches of two
@@ -270,10 +272,15 @@ def test_a_start_that_fails_leaves_nothing_behind(config, tmp_path):
 
 def test_a_start_that_fails_changes_nothing_of_a_run_that_is_there(config, tmp_path):
     train_run(config, tmp_path / "run", "solver.epochs=1", "solver.lr_warmup_step=1")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "train.log"}
+
+    def files():
+        found = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "train.log"]
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
     with pytest.raises(UserError):
         train_run(config, tmp_path / "run", "resume=auto", "solver.lr=1")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "train.log"} == before
+    assert files() == before
 
 
 def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
