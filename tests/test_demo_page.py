@@ -326,7 +326,8 @@ def test_a_browser_shows_the_answer_and_asks_no_other_server(checkpoint, upload,
     server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
     browser = None
     try:
-        address = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
+        found = (re.search(r"http://127\.0\.0\.1:\d+/", line) for line in server.stdout)  # Gradio 6.0 prints too
+        address = next(filter(None, found))[0]
         browser = Browser(program, tmp_path / "profile")
         browser.call("Network.enable")
         browser.call("Page.navigate", url=address)
