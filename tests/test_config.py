@@ -341,7 +341,7 @@ def test_a_required_key_that_is_missing_is_an_error_with_its_sentence(key):
         ("data.input_size=0", "0"),
         ("data.shot=0", "0"),
         ("data.protocol=ucf", "'ucf'"),
-        ("data.index_base=2", "2"),
+        ("data.index_base=-1", "-1"),
         ("data.flip=1", "1"),
         ("data.resize=wide", "'wide'"),
         ("data.resize=[256]", "[256]"),
