@@ -144,8 +144,8 @@ class FrameArchive:
             self._size = status.st_size
             block = self._at(max(0, self._size - END_BLOCK), END_BLOCK)
             self._count, self._length, self._start = self._find_directory(block)
-            # A block of bytes that holds the directory, and the place in it where the directory begins. The directory is
-            # not cut out of the block: memory for a copy takes longer than a look-up in it.
+            # A block of bytes that holds the directory, and the place in it where the directory begins. The directory
+            # is not cut out of the block: memory for a copy takes longer than a look-up in it.
             self._directory: bytes | None = None
             self._begin = self._start - (self._size - len(block))
             if self._begin >= 0:
