@@ -131,7 +131,6 @@ class FrameArchive:
     def __init__(self, path: str):
         """Raises DataError if the file cannot be opened, or is no complete zip file."""
         self.path = path
-        self._last = 0  # place in the directory of the last name found
         try:
             self._file = _open_at_once(path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL character in the path
@@ -145,7 +144,15 @@ class FrameArchive:
             self._size = status.st_size
             block = self._at(max(0, self._size - END_BLOCK), END_BLOCK)
             self._count, self._length, self._start = self._find_directory(block)
-            self._directory = self._read_directory(block) if self._length <= LONGEST_DIRECTORY else None
+            # A block of bytes that holds the directory, and the place in it where the directory begins. The directory
+            # is not cut out of the block: memory for a copy takes longer than a look-up in it.
+            self._directory: bytes | None = None
+            self._begin = self._start - (self._size - len(block))
+            if self._begin >= 0:
+                self._directory = block
+            elif self._length <= LONGEST_DIRECTORY:
+                self._whole_directory()
+            self._last = max(0, self._begin)  # place in the block of the last entry found
         except BaseException:
             os.close(self._file)
             raise
@@ -177,7 +184,7 @@ class FrameArchive:
     def _read_plain(self, key: bytes) -> bytes | None:
         """Return what `read` does for an intact frame as `pack` writes it, in less time; otherwise None."""
         directory = self._directory
-        if directory is None or (begin := directory.find(key, self._last) - _ENTRY_SIZE) < 0:
+        if directory is None or (begin := directory.find(key, self._last) - _ENTRY_SIZE) < self._begin:
             return None
         if not directory.startswith(b"PK\1\2", begin):
             return None
@@ -198,8 +205,10 @@ class FrameArchive:
 
     def sizes(self) -> dict[str, int]:
         """Return {name: bytes} of all files. Raises DataError if the directory is damaged."""
-        found, place, directory = {}, 0, self._whole_directory()
-        while place < len(directory):
+        directory, found = self._whole_directory(), {}
+        place = self._begin
+        end = place + self._length
+        while place < end:
             name, _, _, size, _, length = self._entry(directory, place)
             place += length
             if not name.endswith(b"/"):
@@ -249,14 +258,10 @@ class FrameArchive:
     def _incomplete(self) -> DataError:
         return DataError(f"{self.path}: is no complete zip file of frames; {_ADVICE}")
 
-    def _read_directory(self, block: bytes) -> bytes:
-        """Read the directory, or take it from `block` at the end of the file."""
-        place = self._start - (self._size - len(block))
-        return block[place : place + self._length] if place >= 0 else self._at(self._start, self._length)
-
     def _whole_directory(self) -> bytes:
+        """Return the block that holds the directory, from `_begin` on."""
         if self._directory is None:
-            self._directory = self._at(self._start, self._length)
+            self._begin, self._directory = 0, self._at(self._start, self._length)
         return self._directory
 
     def _entry(self, directory: bytes, place: int) -> Entry:
@@ -288,14 +293,14 @@ class FrameArchive:
 
     def _search(self, key: bytes) -> Entry | None:
         directory = self._whole_directory()
-        for first, end in ((self._last, len(directory)), (0, self._last + len(key))):
+        for first, end in ((self._last, len(directory)), (self._begin, self._last + _ENTRY_SIZE + len(key))):
             place = first - 1
             while (place := directory.find(key, place + 1, end)) >= 0:
                 begin = place - _ENTRY_SIZE
-                if begin >= 0 and directory.startswith(b"PK\1\2", begin):
+                if begin >= self._begin and directory.startswith(b"PK\1\2", begin):
                     entry = self._entry(directory, begin)
                     if entry[0] == key:
-                        self._last = place
+                        self._last = begin
                         return entry
         return None
 

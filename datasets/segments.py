@@ -111,10 +111,10 @@ class SegmentDecoder:
         if self._scan is not None:
             if self._times is None and (frames := read_at(self._path, self._scan, wanted)) is not None:
                 return frames
-            if not self._times and (times := shown_times(self._path, self._first, self._length)):
-                self._times = self._decoded_times(times)
-            if self._times:
+            if self._times is not None:
                 return self._read_by_time(indices, self._times)
+            if times := shown_times(self._path, self._first, self._length):
+                return self._read_by_time(indices, self._decoded_times(times))
         return self._read_from_start(wanted)
 
     def _decoded_times(self, times: list[int]) -> list[int]:
@@ -140,14 +140,13 @@ class SegmentDecoder:
     def _decode_to(self, times: list[int], damage: Damage) -> Iterator[Any]:
         """Yield the frames at ascending times, decoded from the start of the file."""
         wanted, left = set(times), MOST_REORDERED
-        with contextlib.closing(decode_all(self._path, damage)) as decoded:
-            for frame in decoded:
-                if frame.pts in wanted:
-                    yield frame
-                if frame.pts is not None and frame.pts >= times[-1]:
-                    left -= 1
-                    if left == 0:
-                        return
+        for frame in decode_all(self._path, damage):
+            if frame.pts in wanted:
+                yield frame
+            if frame.pts is not None and frame.pts >= times[-1]:
+                left -= 1
+                if left == 0:
+                    return
 
     def _read_from_start(self, wanted: list[int]) -> list[np.ndarray]:
         # The last frame is read too, so that a segment that ends behind the file's end is always found.

@@ -204,6 +204,7 @@ def test_a_long_directory_is_searched_by_bisection_and_unsorted_ones_are_read_wh
     read = []
     whole = FrameArchive._whole_directory
     monkeypatch.setattr(frame_archives, "LONGEST_DIRECTORY", 1000)
+    monkeypatch.setattr(frame_archives, "END_BLOCK", 30)
     monkeypatch.setattr(FrameArchive, "_whole_directory", lambda self: read.append(self.path) or whole(self))
     for file in ("sorted.zip", "unsorted.zip", "uneven.zip"):
         with FrameArchive(str(tmp_path / file)) as frames:

@@ -134,6 +134,7 @@ def test_a_file_that_changed_is_scanned_again_and_packets_unlike_the_scan_are_no
     assert np.array_equal(open_segment(tmp_path, path.name, 150, 4).read([0, 3]), frames["long_groups.mov"][150:154:3])
     shutil.copy(folder / "b_frames.mp4", path)
     assert np.array_equal(open_segment(tmp_path, path.name, 150, 4).read([0, 3]), frames["b_frames.mp4"][150:154:3])
+    assert scan(str(path)).digests == scan(str(folder / "b_frames.mp4")).digests
     assert datasets.segments.read_at(str(path), scan(str(folder / "long_groups.mov")), [150]) is None
 
 
