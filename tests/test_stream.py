@@ -208,12 +208,13 @@ def test_a_live_source_that_breaks_is_opened_again_and_its_times_go_on(
     """The first opening ends in an error, as an address does whose server goes away."""
     from inference import stream as module
 
-    opened, real = [], module.timed_frames
+    opened, real, seen = [], module.timed_frames, threading.Event()
 
     def breaking(container, damage):
         opened.append(1)
         for number, frame in enumerate(real(container, damage)):
             if len(opened) == 1 and number == 30:
+                seen.wait(30)
                 raise OSError(5, "Input/output error")
             yield frame
 
@@ -221,10 +222,15 @@ def test_a_live_source_that_breaks_is_opened_again_and_its_times_go_on(
     monkeypatch.setattr(module, "timed_frames", breaking)
     options = {"window": 0.16, "stride": 0.16, "live": True, "stall_seconds": 30}
     monkeypatch.setattr(module, "open_source", lambda source, live, stall: av.open(str(source)))
+    seen.set()
     with pytest.raises(StreamError, match=r"a.ts: cannot be read further \(Input/output error\)"):
         list(recognizer.stream(tmp_path / "a.ts", **options))
     opened.clear()
-    windows = list(recognizer.stream(tmp_path / "a.ts", reopen=1, **options))
+    seen.clear()
+    windows = []
+    for window in recognizer.stream(tmp_path / "a.ts", reopen=1, **options):
+        windows.append(window)
+        seen.set()  # it breaks after the first window
     assert len(opened) == 2 and "cannot be read further (Input/output error); opened again" in caplog.text
     starts = [window.start for window in windows]
     assert starts == sorted(starts) and windows[-1].end > 60 / 25  # longer than one opening of the file
