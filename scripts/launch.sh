@@ -19,8 +19,8 @@ check_config() {
 }
 
 # launch PROGRAM [argument ...]: run the program in one process for each visible GPU, or in one process on the CPU.
-# NUM_GPUS sets another number, and DEVICE=cpu leaves the GPUs alone. A single process is started without torchrun. One machine uses a free port unless
-# MASTER_PORT is set. Several machines (NNODES above 1) need NODE_RANK and MASTER_ADDR.
+# NUM_GPUS sets another number, and DEVICE=cpu leaves the GPUs alone. A single process is started without torchrun. One
+# machine uses a free port unless MASTER_PORT is set. Several machines (NNODES above 1) need NODE_RANK and MASTER_ADDR.
 launch() {
     case ${DEVICE:-} in
     cpu) gpus=0 ;;

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import REPOSITORY, save_untrained
+from tiny import REPOSITORY
 
 from datasets.decoders import upright_frames
 from datasets.sampling import sample_test
@@ -37,17 +37,6 @@ from tools import demo_page
 from utils.errors import ConfigError, DataError, UserError
 
 LIMITS = Limits(max_mb=1, max_seconds=10)
-
-
-@pytest.fixture
-def checkpoint(config, tmp_path):
-    save_untrained(config, tmp_path / "model_best.pt")
-    return tmp_path / "model_best.pt"
-
-
-@pytest.fixture
-def recognizer(checkpoint):
-    return Recognizer.load(checkpoint)
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="video file, folder or zip file of frames, directory of such, or list (*.txt)",
+        help="video file, folder or zip file of frames, directory of such, or list (*.txt); with --window one video, "
+        "an address, a camera, or - for the standard input",
     )
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="classes of a video (default 5)")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="crops of a clip (default 1)")
