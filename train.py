@@ -6,14 +6,13 @@ python train.py --config CONFIG [--output DIR] [key=value ...]        one device
 
 import argparse
 import logging
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from dotmap import DotMap
 
-from datasets.decoders import describe_decoder
 from datasets.loaders import (
     VideoLoader,
     build_eval_loader,
@@ -21,32 +20,22 @@ from datasets.loaders import (
     check_shared_memory,
     naming_lost_workers,
 )
-from engine.averaging import AveragedWeights
 from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
 from engine.memory import PeakReport, explaining_memory
 from engine.metrics_file import METRICS, MetricsFile, read_rows
-from engine.optim import build_optimizer
-from engine.reporter import Reporter
-from engine.run_folder import BEST, BEST_EMA, LOG, FollowedFolder, RunFolder, find_start, open_run_folder
+from engine.run import Run
+from engine.run_folder import LOG, TABLE, Folder, open_run_folders
+from engine.runs_table import table_lines, write_table
 from engine.sinks import FOLDER, PICTURE, PictureFile, Sink, TensorBoard, TerminalSink, WeightsAndBiases
-from engine.summary import describe_run
-from engine.training_state import (
-    Progress,
-    finished,
-    improved_epoch,
-    is_evaluated,
-    keep_global_batch,
-    load_start,
-    percent,
-    refuse_changes,
-    refuse_without_optimizer,
-    restore_training,
-)
-from modules import build_model
-from modules.checkpoint import checkpoint_bytes, checkpoint_state, holds_tower, model_state
-from modules.side4video import Side4Video
+from engine.starts import Start, build_models, find_starts
+from engine.summary import describe_runs
+from engine.throughput import Throughput
+from engine.training_state import is_evaluated
+from modules.checkpoint import checkpoint_bytes
+from modules.side4video import SharedTower, Side4Video
+from modules.side_network import SideNetwork
 from utils.distributed import (
     close_distributed,
     gather,
@@ -56,9 +45,8 @@ from utils.distributed import (
     naming_lost_processes,
 )
 from utils.errors import ConfigError, run_program
-from utils.logger import setup_logging
-from utils.precision import Precision, prepare_precision
-from utils.seeding import seed_everything
+from utils.logger import log_as, setup_logging
+from utils.precision import prepare_precision
 
 log = logging.getLogger("train")
 
@@ -78,7 +66,9 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: DotMap, output: str | None = None, allow_config_change: bool = False) -> float | None:
-    """Run a whole training. Returns the best validation top-1 in percent, None if nothing was evaluated.
+    """Run a whole training, or several beside one tower (`runs`).
+
+    Returns the best validation top-1 in percent, of the best run, or None if nothing was evaluated.
 
     Args:
         config: of `read_config`.
@@ -86,139 +76,122 @@ def train(config: DotMap, output: str | None = None, allow_config_change: bool =
         allow_config_change: resume although keys have changed that change numbers.
     """
     device = init_distributed(config.solver.timeout_minutes)
-    with naming_lost_processes(), open_run_folder(config, output) as folder:
-        return train_in(folder, config, device, allow_config_change)
+    with naming_lost_processes(), open_run_folders(config, output) as (folder, folders):
+        return train_in(folder, folders, config, device, allow_config_change)
 
 
 def train_in(
-    folder: RunFolder | FollowedFolder, config: DotMap, device: torch.device, allow_config_change: bool
+    folder: Folder, folders: dict[str, Folder], config: DotMap, device: torch.device, allow_config_change: bool
 ) -> float | None:
-    """`train` in a folder that this run has locked."""
-    setup_logging(folder.path / LOG)
+    """`train` in the folders that this training has locked: that of all, and that of each run by name."""
+    setup_logging(folder.path / LOG, {name: own.path / LOG for name, own in folders.items() if name})
     log.info("output: %s", folder.path)
-    precision, only_evaluate = prepare_precision(config.solver, device), config.solver.evaluate
+    precision = prepare_precision(config.solver, device)
 
     # Where to start. It comes before the data: another number of processes changes the batch.
-    source, start = find_start(config, folder.path)
-    if only_evaluate and start is None:
-        raise ConfigError("solver.evaluate: there is no checkpoint to evaluate; set resume or pretrain")
-    resumed = start is not None and config.resume is not None
-    if resumed and not only_evaluate:
-        refuse_without_optimizer(start, source)
-        config = keep_global_batch(start, source, config, get_world_size())
-        refuse_changes(start, source, config, allow_config_change)
-        if start.get("step", 0) == 0 and (why := finished(start["epoch"], improved_epoch(start), config)):
-            log.info("finished: %s", why)
-            return start["best_accuracy"]
+    starts = find_starts(config, {name: own.path for name, own in folders.items()}, allow_config_change)
+    if all(start.done for start in starts):
+        return best_of([start.checkpoint["best_accuracy"] for start in starts if start.checkpoint])
+    everyone, config = config, starts[0].config  # of which only what all runs share is read
 
     # Data. It comes before the model: class names decide whether a checkpoint's head is kept.
     val_loader = build_eval_loader(config, get_rank(), get_world_size())
     class_names = val_loader.dataset.class_names
 
-    # Model. Seeded here, so that its weights do not depend on anything drawn before.
-    seed_everything(config.seed)
-    model = build_model(config, load_tower=start is None or not holds_tower(start))
-    if start is not None:
-        load_start(model, start, source, class_names, new_head=not resumed and not only_evaluate, new_size=not resumed)
-    # Hashes need whole tensors, so they are taken before `place` shards the tower.
-    model_part = model_state(model) if get_rank() == 0 and not only_evaluate else {}
-    model.place(device, config.network.shard_backbone, config.solver.compile)
-    if get_world_size() > 1:
-        model.parallelize()
-    if only_evaluate:
-        return validate(model, val_loader, precision, config, Reporter(config, device), 0, 0)
+    # Models. They share a tower, and come from `build_models` as if each were alone.
+    models, model_parts = build_models(starts, class_names)
+    for model in models:
+        model.place(device, config.network.shard_backbone, config.solver.compile)
+        if get_world_size() > 1:
+            model.parallelize()
+    if config.solver.evaluate:
+        alone = [Run(s.config, model, precision, name=s.name) for s, model in zip(starts, models, strict=True)]
+        return best_of(validate(alone, val_loader, 0, 0).values())
 
-    # Optimizer. It takes the tensors where `place` has put them, and its state comes after the model's weights.
-    check_batch(config, model)
+    # Runs. Optimizers take the tensors where `place` has put them, and their state comes after the model's weights.
     train_loader = build_train_loader(config, get_rank(), get_world_size())
     check_shared_memory(train_loader, val_loader)
-    optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
-    average = None if config.solver.ema is None else AveragedWeights(model.trained, config.solver.ema)
-    reporter = Reporter(config, device, train_loader.dataset)
-    for line in describe_run(config, model, train_loader, val_loader, precision, folder.path):
-        log.info(line)
-    peak = PeakReport(config, device)
-    progress = Progress(epoch=config.solver.start_epoch)
-    if resumed:
-        progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config, average)
-        folder.carry_best(source, progress)
-    sinks = open_sinks(folder.path, config, len(train_loader)) if get_rank() == 0 else []
-    size = checkpoint_bytes(model, model_part, average is not None)
-    folder.begin(config, size, source if resumed else None, start if resumed else None)
-    reporter.attach(sinks, wants_batch=not resumed or not (folder.path / PICTURE).exists())
-
-    def state(epoch: int, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        return checkpoint_state(
-            model_part,
-            model.trained.state_dict(),
-            config.toDict(),
-            class_names,
-            epoch=epoch,
-            step=step,
-            progress=reports,
-            world_size=get_world_size(),
-            best_accuracy=progress.best,
-            decoder=describe_decoder(config.data),
-            ema=None if average is None else average.state_dict(),
-            best_accuracy_ema=progress.best_ema,
-            improved=progress.improved,
-            optimizer=optimizer.state_dict(),
-            scaler=scaler.state_dict(),
-        )
+    dataset, throughput = train_loader.dataset, Throughput(config, device, train_loader.dataset)
+    runs = []
+    for start, model, model_part in zip(starts, models, model_parts, strict=True):
+        check_batch(start.config, model)
+        run = Run(start.config, model, precision, dataset, throughput, start.name)
+        run.folder, run.model_part, run.class_names = folders[run.name].path, model_part, class_names
+        runs.append(run)
+    for name, line in describe_runs(runs, train_loader, val_loader):
+        with log_as(name):
+            log.info(line)
+    peak = PeakReport([run.config for run in runs], device)
+    for run, start in zip(runs, starts, strict=True):
+        with log_as(run.name):
+            begin(run, start, folders[run.name], len(train_loader), is_first=run is runs[0])
+    folder.keep(everyone)
 
     # Epochs.
-    with closing(reporter), Saver(folder.path, config, state, reporter, train_loader) as saver:
-        for epoch in range(progress.epoch, config.solver.epochs):
-            if why := finished(epoch, progress.improved, config) if progress.step == 0 else None:
-                log.info("finished: %s", why)
-                break
-            first, progress.step = progress.step, 0
-            train_loader.sampler.set_epoch(epoch, first * config.data.batch_size)
+    with ExitStack() as ends, Saver(folder.path, config, runs, train_loader) as saver:
+        for run in runs:
+            ends.callback(run.reporter.close)
+        for epoch in range(min(run.place for run in runs)[0], config.solver.epochs):
+            for run in runs:
+                run.end_if_finished(epoch)
+            active = [run for run in runs if not run.ended and run.progress.epoch <= epoch]
+            if not active:
+                continue
+            last = min(active, key=lambda run: run.first_step(epoch))
+            train_loader.sampler.set_epoch(epoch, last.first_step(epoch) * config.data.batch_size)
+            train_loader.carried = last.carried
             with (
                 naming_lost_workers(train_loader),
                 explaining_memory(config, device, training=True),
                 saver.epoch(epoch) as after_update,
             ):
-                loss = train_one_epoch(
-                    model,
-                    train_loader,
-                    optimizer,
-                    scaler,
-                    precision,
-                    epoch,
-                    config,
-                    reporter,
-                    first,
-                    after_update,
-                    average,
-                )
+                train_one_epoch(active, train_loader, epoch, after_update)
             peak.epoch_done()
             report_videos(train_loader, epoch)
-            model.broadcast_buffers()
+            for run in active:
+                run.model.broadcast_buffers()
 
-            best_files = []
             if is_evaluated(epoch, config):
-                place = (reporter, epoch, len(train_loader))
                 saver.save(epoch, len(train_loader))  # a signal stops an evaluation at once
-                if progress.take(epoch, validate(model, val_loader, precision, config, *place)):
-                    best_files.append(BEST)
-                if average is not None:
-                    with average.in_place_of(model.trained):
-                        model.broadcast_buffers()
-                        top1 = validate(model, val_loader, precision, config, *place, averaged=True)
-                    if progress.take(epoch, top1, averaged=True):
-                        best_files.append(BEST_EMA)
-            of_average = "" if average is None else f", of the average {percent(progress.best_ema)}"
-            log.info("epoch %d done: loss %.4f, best top-1 %s%s", epoch, loss, percent(progress.best), of_average)
-            log.info("epoch %d: %s", epoch, reporter.epoch_memory())
-            saver.save(epoch + 1, best_files=best_files)
-    return progress.best
+                validate_and_compare(active, val_loader, epoch, len(train_loader))
+            for run in active:
+                run.end_epoch(epoch)
+            log.info("epoch %d: %s", epoch, runs[0].reporter.epoch_memory())
+            saver.save(epoch + 1)
+            if everyone.runs and get_rank() == 0:
+                write_table(folder.path / TABLE, runs, everyone)
+    if everyone.runs:
+        for line in table_lines(runs, everyone):
+            log.info(line)
+    return best_of([run.progress.best for run in runs])
+
+
+def best_of(accuracies: Iterable[float | None]) -> float | None:
+    """The highest of the accuracies that there are."""
+    return max((accuracy for accuracy in accuracies if accuracy is not None), default=None)
+
+
+def begin(run: Run, start: Start, folder: Folder, iterations: int, is_first: bool) -> None:
+    """Let a run go on from its checkpoint, if it is resumed, and open its files; `iterations` are those of an epoch.
+
+    A terminal has one living line, that of the first run.
+    """
+    source, checkpoint = (start.source, start.checkpoint) if start.resumed else (None, None)
+    if source is not None and checkpoint is not None:
+        run.restore(checkpoint, source)
+        folder.carry_best(source, run.progress)
+    size = checkpoint_bytes(run.model, run.model_part, run.average is not None)
+    folder.begin(run.config, size, source, checkpoint)
+    sinks = open_sinks(folder.path, run.config, iterations, is_first) if get_rank() == 0 else []
+    run.reporter.attach(sinks, wants_batch=checkpoint is None or not (folder.path / PICTURE).exists())
 
 
 def check_batch(config: DotMap, model: Side4Video) -> None:
     """Refuse a batch of one clip where the last BatchNorm would make every clip's mean feature the same."""
     shared = get_world_size() if config.solver.sync_bn else 1
-    if config.data.batch_size * config.data.num_sample * shared == 1 and model.trained.side.norm_placement == "pre":
+    side = model.trained.side
+    is_pre = isinstance(side, SideNetwork) and side.norm_placement == "pre"
+    if config.data.batch_size * config.data.num_sample * shared == 1 and is_pre:
         raise ConfigError(
             "data.batch_size: a process needs at least 2 clips in a batch, or solver.sync_bn and other processes: over "
             "a single clip, the BatchNorm after the last side block leaves the same mean feature whatever the clip "
@@ -237,25 +210,38 @@ def report_videos(loader: VideoLoader, epoch: int) -> None:
             log.info("epoch %d: %d training videos %s: %s", epoch, len(met), what, first)
 
 
+def validate_and_compare(runs: Sequence[Run], loader: VideoLoader, epoch: int, step: int) -> None:
+    """Evaluate all runs in one pass of the tower, and the averages of those that have one in another."""
+    for run, top1 in validate(runs, loader, epoch, step).items():
+        run.take(epoch, top1)
+    averaged = [run for run in runs if run.average is not None]
+    if averaged:
+        with ExitStack() as exchanges:
+            for run in averaged:
+                exchanges.enter_context(run.with_average())
+            for run, top1 in validate(averaged, loader, epoch, step, averaged=True).items():
+                run.take(epoch, top1, averaged=True)
+
+
 def validate(
-    model: Side4Video,
-    loader: VideoLoader,
-    precision: Precision,
-    config: DotMap,
-    reporter: Reporter,
-    epoch: int,
-    step: int,
-    averaged: bool = False,
-) -> float:
-    """One view of every validation video; reports the metrics and returns top-1 in percent."""
+    runs: Sequence[Run], loader: VideoLoader, epoch: int, step: int, averaged: bool = False
+) -> dict[Run, float]:
+    """One view of every validation video; reports the metrics of each run, and returns its top-1 in percent."""
+    config, precision = runs[0].config, runs[0].precision
     with naming_lost_workers(loader), explaining_memory(config, precision.device, training=False):
-        scores = evaluate(model, loader, precision, config)
-    return reporter.validation(epoch, step, scores, loader.dataset.labels, averaged)["top1"]
+        scores = evaluate(SharedTower([run.model for run in runs]), loader, precision, config)
+    found = {}
+    for number, run in enumerate(runs):
+        with log_as(run.name):
+            row = run.reporter.validation(epoch, step, scores[:, number], loader.dataset.labels, averaged)
+        found[run] = row["top1"]
+    return found
 
 
-def open_sinks(folder: Path, config: DotMap, iterations: int) -> list[Sink]:
-    """Where process 0 puts the rows of a training, beside the log. `iterations` are those of an epoch."""
-    sinks: list[Sink] = [TerminalSink(config.solver.epochs), PictureFile(folder / PICTURE)]
+def open_sinks(folder: Path, config: DotMap, iterations: int, living: bool) -> list[Sink]:
+    """Where process 0 puts the rows of a run, beside the log; arguments as of `begin`."""
+    sinks: list[Sink] = [TerminalSink(config.solver.epochs)] if living else []
+    sinks += [PictureFile(folder / PICTURE)]
     # TensorBoard reads the earlier rows of the file at the first new one, so it is told before the file.
     sinks += [TensorBoard(folder / FOLDER, iterations, lambda: read_rows(folder / METRICS), folder / PICTURE)]
     sinks += [MetricsFile(folder / METRICS)]

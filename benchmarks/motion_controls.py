@@ -26,7 +26,7 @@ from datasets.loaders import build_eval_loader, build_train_loader
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
 from engine.metrics import topk_accuracy
-from engine.optim import build_optimizer
+from engine.run import Run
 from modules import build_model, side_network
 from modules.checkpoint import load_weights
 from modules.side4video import Side4Video
@@ -63,12 +63,12 @@ def train_without_time(config: DotMap) -> float:
     model = build_without_time(config)
     precision = resolve_precision("fp32", torch.device("cpu"))
     train_loader = build_train_loader(config)
-    optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
+    run = Run(config, model, precision)
     best = 0.0
     for epoch in range(config.solver.epochs):
         seed_everything(config.seed, epoch, 0)
         train_loader.sampler.set_epoch(epoch)
-        train_one_epoch(model, train_loader, optimizer, scaler, precision, epoch, config)
+        train_one_epoch([run], train_loader, epoch)
         scores = evaluate(model, val_loader, precision, config)
         best = max(best, topk_accuracy(scores, val_loader.dataset.labels, 1))
     return best

@@ -51,5 +51,9 @@ class BatchAugment:
             if self.mix:
                 images, targets = self.mix(images, labels)
             else:
-                targets = mixup_target(labels, self.num_classes, smoothing=self.smoothing)
+                targets = self.targets(labels, self.smoothing)
         return images.view(clips.shape), targets
+
+    def targets(self, labels: Tensor, smoothing: float) -> Tensor:
+        """Labels (B,) of clips that are not mixed -> label-smoothed class probabilities, float32 (B, K)."""
+        return mixup_target(labels, self.num_classes, smoothing=smoothing)

@@ -4,8 +4,9 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from dotmap import DotMap
 
 from datasets.loaders import VideoLoader
-from engine.reporter import Reporter
+from engine.run import Run
 from engine.run_folder import BEST_EMA, LAST, save_best, save_last
 from modules.checkpoint import averaged_state
 from utils.distributed import Agreement, gather, get_rank
 from utils.errors import UserError
+from utils.logger import log_as
 from utils.signals import Stopped, StopSignals
 
 PARTS = ("trained", "ema", "optimizer", "scaler")  # of a checkpoint, that training changes
@@ -50,7 +52,10 @@ class BackgroundWriter:
         old = {} if self._unwritten_best else self._copied
         self._copied = {part: to_cpu_copy(state[part], old.get(part)) for part in PARTS if part in state}
         copied = {**state, **self._copied}
-        self._thread = threading.Thread(target=self._write, args=(copied, tuple(best_files)), name="checkpoint")
+        in_context = copy_context().run  # the log keeps the run's name
+        self._thread = threading.Thread(
+            target=in_context, args=(self._write, copied, tuple(best_files)), name="checkpoint"
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -102,21 +107,20 @@ class Saver:
         self,
         folder: Path,
         config: DotMap,
-        state: Callable[[int, int, list[dict[str, Any]]], dict[str, Any]],
-        reporter: Reporter,
+        runs: Sequence[Run],
         loader: VideoLoader,
     ):
         """
         Args:
-            folder: that of the run.
-            state: makes the checkpoint of (epochs finished, iterations done of the next one, reports by process).
-            reporter: whose sums go into a checkpoint inside an epoch.
-            loader: of the training, whose lists of unreadable and damaged videos go there too.
+            folder: that of the training, for messages.
+            config: what all runs share is read.
+            runs: each is saved in its own folder, as far as it takes part.
+            loader: of the training, whose lists of unreadable and damaged videos go into a checkpoint too.
         """
         minutes = config.logging.save_minutes
         self._folder, self._seconds = folder, None if minutes is None else 60 * minutes
-        self._state, self._reporter, self._loader = state, reporter, loader
-        self._writer = BackgroundWriter(folder, config.logging.keep)
+        self._loader = loader
+        self._writers = [(run, BackgroundWriter(run.folder, config.logging.keep)) for run in runs]
         self._agreement, self._signals = Agreement(config.solver.timeout_minutes), StopSignals()
         self._saved = time.monotonic()
 
@@ -127,9 +131,17 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._signals.__exit__()
         if kind is None or issubclass(kind, Stopped):
-            self._writer.close()
+            self._close()
         else:
-            self._writer.wait()
+            for _run, writer in self._writers:
+                writer.wait()
+
+    def _close(self) -> None:
+        """Finish all writes, and only then raise the first error."""
+        for _run, writer in self._writers:
+            writer.wait()
+        for _run, writer in self._writers:
+            writer.close()
 
     @contextmanager
     def epoch(self, epoch: int) -> Iterator[Callable[[int], None]]:
@@ -144,12 +156,19 @@ class Saver:
             # This epoch's last update is behind us: what all processes wish now is known at once.
             self._act(self._agreement.largest(0), epoch, len(self._loader))
 
-    def save(self, epoch: int, step: int = 0, best_files: Collection[str] = ()) -> None:
-        """Write a checkpoint in the background. All processes must call it together."""
-        reports = [{**self._reporter.state_dict(), **self._loader.met()}] if step else []
-        reports = gather(reports)
-        if get_rank() == 0:
-            self._writer.write(self._state(epoch, step, reports), best_files)
+    def save(self, epoch: int, step: int = 0) -> None:
+        """Write a checkpoint of every run that takes part at this point, in the background.
+
+        All processes must call it together.
+        """
+        for run, writer in self._writers:
+            if not run.takes_part(epoch, step):
+                continue
+            reports = gather([{**run.reporter.state_dict(), **self._loader.met()}] if step else [])
+            if get_rank() == 0:
+                with log_as(run.name):
+                    writer.write(run.state(epoch, step, reports), run.best_files)
+            run.best_files = []
         self._saved = time.monotonic()
 
     def _wish(self) -> int:
@@ -163,10 +182,10 @@ class Saver:
         if decided:
             self.save(epoch, step)
         if decided > 1:
-            if get_rank() == 0:
-                self._writer.close()
+            self._close()
             self._signals.received = None
-            raise Stopped(decided - 1, f"epoch {epoch}, step {step} are in {self._folder / LAST}; resume=auto goes on")
+            where = self._folder / LAST if len(self._writers) == 1 else f"the folders of the runs in {self._folder}"
+            raise Stopped(decided - 1, f"epoch {epoch}, step {step} are in {where}; resume=auto goes on")
 
 
 def _reason(error: BaseException) -> str:

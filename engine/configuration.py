@@ -15,6 +15,7 @@ from engine.sinks import NO_WANDB
 from modules.backbones import find_architecture, stated_pixels
 from modules.checkpoint import is_released
 from modules.pretrained import find_weight_file
+from modules.probes import PROBES
 from utils.config import Purpose, config_from_dict, load_config, resize_problem
 from utils.config_schema import FIELDS, SECTIONS
 from utils.distributed import device_type
@@ -190,10 +191,13 @@ def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap
         data["resize"] = protocol_resize(data["protocol"], data["input_size"])
     network["side_variant"] = network["side_variant"] or architecture.side_variant
     if network["side_layers"] is None:
-        network["side_layers"] = VARIANT_LAYERS[network["side_variant"]]
+        is_probe = network["side"] in PROBES
+        network["side_layers"] = "last:1" if is_probe else VARIANT_LAYERS[network["side_variant"]]
     if network["backbone_dtype"] == "auto":
         network["backbone_dtype"] = _automatic_dtype(plain["solver"]["precision"], device)
     plain["test"]["view_batch"] = plain["test"]["view_batch"] or data["batch_size"]
+    runs = {name: resolve_config(own, device).toDict() for name, own in config.runs.items()}
+    plain["runs"] = runs
     return DotMap(plain, _dynamic=False)
 
 

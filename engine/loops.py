@@ -3,27 +3,24 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from dotmap import DotMap
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.annotations import UNLABELLED
 from datasets.batch_augment import BatchAugment
 from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
 from datasets.video_dataset import VideoDataset
-from engine.averaging import AveragedWeights
-from engine.class_weights import class_weights, weighted_targets
 from engine.device_copy import DeviceCopy
-from engine.optim import lr_factor, set_learning_rate
-from engine.reporter import Reporter
+from engine.run import Run
 from engine.scores import PartialScores
 from engine.view_details import VideoDetails
-from modules.side4video import Side4Video
+from modules.side4video import SharedTower, Side4Video, token_streams
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
 from utils.launch import report_progress
@@ -41,81 +38,64 @@ class NonFiniteScoresError(UserError):
 
 
 def train_one_epoch(
-    model: Side4Video,
+    runs: Sequence[Run],
     loader: VideoLoader,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    precision: Precision,
     epoch: int,
-    config: DotMap,
-    reporter: Reporter | None = None,
-    start: int = 0,
     after_update: Callable[[int], None] = lambda step: None,
-    average: AveragedWeights | None = None,
-) -> float:
-    """Train for one epoch and return the mean loss over its last reported stretch.
+) -> None:
+    """Train for one epoch, each run from the step on that it has not done yet.
 
     The loss is the cross entropy with the targets of `training_input`, each class weighted by `solver.class_weights`
     as `weighted_targets` says, and the mean over the clips of a batch.
 
     Every random draw of an iteration is a function of (seed, epoch, iteration, process), so an epoch that goes on in
-    its middle draws what an unbroken one draws.
+    its middle draws what an unbroken one draws, and a run draws the same whatever other runs there are.
+
+    The tower's tokens are kept until the last run has used them. Each run goes forward and backward before the next, so
+    the activations of one run at a time are in memory.
 
     Args:
+        runs: their models share one tower, and their configurations differ in keys of `OWN_KEYS` only.
         loader: of `build_train_loader`; its length is a multiple of `solver.grad_accumulation_steps`, so no gradient
-            is left over at the end.
-        reporter: that of the run; None makes one for this epoch alone.
-        start: iterations of the epoch that are done already; the loader's sampler starts behind their videos.
-        average: takes in the weights after each update.
+            is left over at the end. Its sampler starts behind the videos that all runs have done.
         after_update: called after each update of the weights with the number of iterations done.
 
     Raises:
         NonFiniteLossError: at the next report after the step that it names.
     """
-    data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
-    augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
-    weights = class_weights(config, loader, precision.device)
-    to_device = DeviceCopy(precision.device)
-    reporter = reporter or Reporter(config, precision.device)
-    reporter.start_epoch(epoch, len(loader), start)
-    model.train()
+    config, device, throughput = runs[0].config, runs[0].precision.device, runs[0].reporter.throughput
+    data, solver = config.data, config.solver
+    augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, device)
+    to_device = DeviceCopy(device)
+    for run in runs:
+        run.start_epoch(epoch, loader)
     batches = iter(loader)
-    for iteration in range(start, len(loader)):
-        with reporter.phase("data"):
+    for iteration in range(min(run.first_step(epoch) for run in runs), len(loader)):
+        active = [run for run in runs if run.first_step(epoch) <= iteration]
+        update = (iteration + 1) % solver.grad_accumulation_steps == 0
+        with throughput.phase("data"):
             batch = next(batches)
-        with reporter.phase("copy"):
+        with throughput.phase("copy"):
             clips, labels = to_device(batch["clips"]), to_device(batch["labels"])
-        with reporter.phase("compute"):
-            set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
+        with throughput.phase("compute"):
             clips, targets = training_input(clips, labels, augment, config, epoch, iteration)
-            reporter.batch(clips, targets)
-            if weights is not None:
-                targets = weighted_targets(targets, weights, solver.smoothing)
-            update = (iteration + 1) % accumulation == 0
-            with nullcontext() if update else model.no_sync():
-                with precision.autocast():
-                    logits = model(clips)
-                loss = nn.functional.cross_entropy(logits.float(), targets)
-                scaler.scale(loss / accumulation).backward()
-            if update:
-                scaler.unscale_(optimizer)
-                reporter.update(clip_gradients(model.trained, solver.clip_grad))
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                if average is not None:
-                    average.update(model.trained)
-        reporter.step(iteration, loss, optimizer.param_groups[0]["lr"])
+            streams = token_streams(active[0].model.backbone, clips, [run.model.layers for run in active])
+            losses = []
+            for run, tokens in zip(active, streams, strict=True):
+                own = run.config.solver.smoothing
+                targets_of_run = targets if own == solver.smoothing else augment.targets(labels, own)
+                with same_draws(device) if len(active) > 1 else nullcontext():
+                    losses.append(run.step(clips, tokens, targets_of_run, epoch + iteration / len(loader), update))
+        throughput.end_step()
+        for run, loss in zip(active, losses, strict=True):
+            run.end_step(iteration, loss)
         if update:
             after_update(iteration + 1)
-    return reporter.mean_loss
 
 
-def clip_gradients(module: nn.Module, largest: float | None) -> Tensor:
-    """Scale the gradients down to the norm `largest`, if any; returns their norm before that, on the device."""
-    if largest is not None:
-        return nn.utils.clip_grad_norm_(module.parameters(), largest)
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+def same_draws(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside from PyTorch's generators, as by dropout, is drawn again afterwards."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def training_input(
@@ -140,7 +120,7 @@ def training_input(
 
 @torch.no_grad()
 def evaluate(
-    model: Side4Video,
+    model: Side4Video | SharedTower,
     loader: VideoLoader,
     precision: Precision,
     config: DotMap,
@@ -159,16 +139,16 @@ def evaluate(
         details: filled with what is known of each video beside its scores.
 
     Returns:
-        float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
-        the log. Damaged videos have a line in the log too. Afterwards, `loader.unreadable` and `loader.damaged` hold
-        the videos of all processes.
+        float32 (videos, K) in list order, or (videos, R, K) of R models, on every process. A video that could not be
+        read has NaNs, and a line in the log. Damaged videos have a line in the log too. Afterwards,
+        `loader.unreadable` and `loader.damaged` hold the videos of all processes.
 
     Raises:
         DataError: no video at all could be read.
         NonFiniteScoresError: the scores of a video that could be read are not finite.
     """
-    num_videos, num_classes = len(loader.dataset), config.data.num_classes
-    scores = torch.zeros(num_videos, num_classes, device=precision.device)
+    num_videos = len(loader.dataset)
+    scores = torch.zeros(num_videos, *model.outputs, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
     for index, row in partial.done.items() if partial and get_rank() == 0 else ():
         scores[index] = torch.from_numpy(row["scores"])
@@ -217,7 +197,11 @@ def evaluate(
 
 def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDataset) -> None:
     """Raise NonFiniteScoresError if the scores of a readable video are not finite; arg-max over them means nothing."""
-    bad = [index for index in (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist() if index not in unreadable]
+    bad = [
+        index
+        for index in (~scores.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if index not in unreadable
+    ]
     if bad:
         raise NonFiniteScoresError(
             f"the scores of {len(bad)} of {len(scores) - len(unreadable)} readable videos are not finite, the first: "
@@ -228,7 +212,7 @@ def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDatase
 
 @torch.no_grad()
 def view_outputs(
-    model: Side4Video,
+    model: Side4Video | SharedTower,
     loader: VideoLoader,
     precision: Precision,
     config: DotMap,
@@ -266,11 +250,11 @@ def view_outputs(
 
 
 def view_scores(logits: Tensor) -> Tensor:
-    """Logits of the views of each video, (videos, V, K) -> float32 (videos, K), the mean over views of the softmax."""
+    """Logits of the views of each video, (videos, V, ..., K) -> float32 (videos, ..., K), the mean of the softmax."""
     return logits.float().softmax(dim=-1).mean(dim=1)
 
 
-def any_process_works(model: Side4Video, device: torch.device, working: bool) -> bool:
+def any_process_works(model: Side4Video | SharedTower, device: torch.device, working: bool) -> bool:
     """Whether any process still has views to score; False at once if the tower is not sharded.
 
     A sharded tower gathers each block from all processes in every forward pass, so all processes must run equally many.

@@ -1,7 +1,7 @@
 """Memory of the device: what was planned, what it came to, and what to change when it is too little."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,11 +19,20 @@ class DeviceMemoryError(UserError):
     """The device has too little memory for a batch."""
 
 
-def planned_training_peak(config: DotMap) -> int:
-    """Bytes of one process at the peak of a training step on a GPU, as the plan counts them."""
-    with rehearsing(config) as rehearsal:
-        memory = rehearsal.train(config.data.batch_size, config.solver.recompute)
-    return memory.process_peak(config, get_world_size())
+def planned_training_peak(configs: Sequence[DotMap]) -> int:
+    """Bytes of one process at the peak of a training step on a GPU, as the plan counts them.
+
+    Args:
+        configs: of the runs that share the step. They go forward and backward one after the other, so the peak is that
+            of the largest, beside the weights, gradients and optimizers of the others.
+    """
+    peaks, own = [], []
+    for config in configs:
+        with rehearsing(config) as rehearsal:
+            memory = rehearsal.train(config.data.batch_size, config.solver.recompute)
+        peaks.append(memory.process_peak(config, get_world_size()))
+        own.append(2 * memory.gradients + memory.optimizer)  # a weight is as large as its gradient
+    return max(peak - mine for peak, mine in zip(peaks, own, strict=True)) + sum(own)
 
 
 def total_memory(device: torch.device) -> int:
@@ -34,11 +43,11 @@ def total_memory(device: torch.device) -> int:
 class PeakReport:
     """Logs the planned peak of training before it starts on a GPU, and the real one after the first epoch."""
 
-    def __init__(self, config: DotMap, device: torch.device):
+    def __init__(self, configs: Sequence[DotMap], device: torch.device):
         self._device, self._planned = device, 0
         self._is_due = device.type == "cuda"
         if self._is_due:
-            self._planned = planned_training_peak(config)
+            self._planned = planned_training_peak(configs)
             room = usable(total_memory(device))
             log.info(
                 f"memory: planned peak {_gib(self._planned)} of a training step, on a GPU with {_gib(room)} for tensors"

@@ -23,6 +23,7 @@ from engine.configuration import resolve_config
 from engine.dry_run import MemoryCount, as_with_gpu, dry_run
 from engine.loops import train_one_epoch, view_outputs
 from engine.optim import build_optimizer, update_videos
+from engine.run import Run
 from modules import build_model
 from modules.side4video import Side4Video
 from utils.precision import Precision
@@ -140,9 +141,11 @@ class Work(TorchDispatchMode):
 
 
 class _Silent:
-    """A reporter that reports nothing: what it would say waits for values."""
+    """A reporter and its throughput that report nothing: what they would say waits for values."""
 
-    mean_loss = 0.0
+    @property
+    def throughput(self) -> "_Silent":
+        return self
 
     def start_epoch(self, *_: object) -> None: ...
 
@@ -154,6 +157,8 @@ class _Silent:
 
     def phase(self, name: str) -> nullcontext[None]:
         return nullcontext()
+
+    def end_step(self) -> None: ...
 
 
 def blank_batch(config: DotMap) -> dict[str, Tensor]:
@@ -201,10 +206,11 @@ def update_once(
     precision: Precision,
 ) -> None:
     """One update of the weights, by `train_one_epoch`."""
-    config = with_values(config, solver__grad_accumulation_steps=len(batches))
+    run = Run(with_values(config, solver__grad_accumulation_steps=len(batches)), model, precision)
+    run.optimizer, run.reporter = optimizer, _Silent()  # type: ignore[assignment]
     # Without a scaler: it would ask for values. It holds two numbers.
-    scaler = torch.amp.GradScaler(precision.device.type, enabled=False)
-    train_one_epoch(model, batches, optimizer, scaler, precision, 0, config, _Silent())  # type: ignore[arg-type]
+    run.scaler = torch.amp.GradScaler(precision.device.type, enabled=False)
+    train_one_epoch([run], batches, 0)  # type: ignore[arg-type]  # a loader is iterated
 
 
 def test_batch(config: DotMap) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from engine.metrics import validation_metrics
 from engine.peak_memory import peak_device_bytes, peak_process_bytes
 from engine.pictures import batch_picture
 from engine.sinks import LogSink, Row, Sink
-from engine.throughput import Clock, Throughput
+from engine.throughput import Throughput
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import UserError
 from utils.launch import report_progress
@@ -91,11 +90,12 @@ class LossMonitor:
 class Reporter:
     """Passes a row to every sink each `logging.print_freq` iterations, at an epoch's end, and after an evaluation.
 
-    One object serves all epochs of a run. Order of calls: `start_epoch`, then for each iteration the phases of
-    `engine.throughput.PHASES` and `step`. All processes call it alike; only process 0 writes.
+    One object serves all epochs of a run. Order of calls: `start_epoch`, then for each iteration the end of the step in
+    `throughput`, and `step`. All processes call it alike; only process 0 writes.
 
     Attributes:
         mean_loss: of the steps of the last report, over all processes; NaN before the first.
+        throughput: told the phases of each step.
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class Reporter:
         config: DotMap,
         device: torch.device,
         dataset: VideoDataset | None = None,
-        clock: Clock | None = None,
+        throughput: Throughput | None = None,
     ):
         """
         Args:
             config: resolved.
             dataset: of the training; advice about slow data looks at its frames, and pictures show its class names.
-            clock: for tests; by default the device's.
+            throughput: that of the steps, where several runs share them; None makes one.
         """
         self._config, self._device, self._dataset = config, device, dataset
         self._every, self._epochs = config.logging.print_freq, config.solver.epochs
-        self._throughput = Throughput(config, device, dataset, clock)
+        self.throughput = throughput or Throughput(config, device, dataset)
         self.mean_loss = math.nan
         self._monitor = LossMonitor(device)
         self._grad_norm = torch.full((), math.nan, device=device)
@@ -136,6 +136,7 @@ class Reporter:
         self._epoch, self._num_iterations = epoch, num_iterations
         self._started, self._counted_from = time.perf_counter(), step
         self._epoch_started, self._epoch_from = self._started, step
+        self._waited = self.throughput.waited()
         if self._ended is not None:
             self._between.append(self._started - self._ended)
         if step == 0:
@@ -151,10 +152,6 @@ class Reporter:
         self.mean_loss = state["mean_loss"]
         self._monitor.load_state_dict(state)
         self._grad_norm.fill_(state.get("grad_norm", math.nan))
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """The time spent inside counts as this phase of the step."""
-        return self._throughput.phase(name)
 
     def batch(self, clips: Tensor, targets: Tensor) -> None:
         """The clips (B, T, 3, H, W) and targets (B, K) or (B,) that enter the model; a picture of the first is kept."""
@@ -177,7 +174,6 @@ class Reporter:
         """
         report_progress(f"epoch {self._epoch}, iteration {iteration}")
         self._monitor.update(loss, iteration)
-        self._throughput.end_step()
         done = iteration + 1
         if done % self._every == 0 or done == self._num_iterations:
             self._report(done, learning_rate)
@@ -189,7 +185,8 @@ class Reporter:
         self.mean_loss = self._monitor.report(self._epoch)
         now = time.perf_counter()
         seconds = max((now - self._started) / (done - self._counted_from), 1e-9)
-        waited = self._throughput.mean_wait()
+        (before, earlier_steps), self._waited = self._waited, self.throughput.waited()
+        waited = (self._waited[0] - before) / max(1, self._waited[1] - earlier_steps)
         data = self._config.data
         row = {
             **self._position("train", self._epoch, done, done / self._num_iterations),

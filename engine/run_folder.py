@@ -10,6 +10,12 @@
     first_batch.png     clips of the first batch as they enter the model
     wandb/              with `logging.wandb`: the files of that package; wandb_id.txt names the run to go on with
 
+With `runs`, each of them has such a folder, and the folder around them holds
+
+    config.yaml         the configuration of all
+    train.log           the log of all, with the run's name before the lines of one
+    runs.csv            a line for each run: its own values, what it trains, and its best validation so far
+
 The best checkpoint is written before the newest one, so a run that is killed between the two evaluates that epoch again
 and writes the same best checkpoint once more.
 """
@@ -21,7 +27,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,7 @@ import yaml
 from dotmap import DotMap
 
 from engine.metrics_file import METRICS, keep_rows
-from engine.training_state import Progress, percent
+from engine.training_state import Progress, changed_values, percent
 from modules.checkpoint import read_checkpoint, save_checkpoint
 from utils.atomic import write_atomically
 from utils.distributed import from_first, get_rank
@@ -38,6 +44,7 @@ from utils.errors import CheckpointError, ConfigError
 
 LAST, BEST, BEST_EMA = "last_model.pt", "model_best.pt", "model_best_ema.pt"
 CONFIG, LOG = "config.yaml", "train.log"
+TABLE = "runs.csv"
 AUTO = "auto"
 
 log = logging.getLogger(__name__)
@@ -117,11 +124,17 @@ class RunFolder:
                 f"--output {self.path}: {free / 1e6:.1f} MB are free, but {files} checkpoints of {size / 1e6:.1f} MB "
                 f"need {(files * size - there) / 1e6:.1f} MB; make room, lower logging.keep, or name another folder"
             )
-        text = yaml.safe_dump(config.toDict(), sort_keys=False)
-        write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
+        self.keep(config)
         place = (0, 0) if checkpoint is None else (checkpoint["epoch"], checkpoint.get("step", 0))
         folder = self.path if source is None or source.parent.resolve() == self.path.resolve() else source.parent
         keep_rows(folder / METRICS, self.path / METRICS, *place)
+
+    def keep(self, config: DotMap) -> None:
+        """Write the configuration, and keep the folder whatever happens."""
+        plain = config.toDict()
+        plain["runs"] = {name: own_values(config, own) for name, own in config.runs.items()}
+        text = yaml.safe_dump(plain, sort_keys=False)
+        write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
         self._begun = True
 
     def carry_best(self, source: Path, progress: Progress) -> None:
@@ -178,6 +191,13 @@ class RunFolder:
         goes_on = config.resume == AUTO or (
             config.resume and Path(config.resume).resolve().parent == self.path.resolve()
         )
+        if (self.path / TABLE).exists() and not config.runs:
+            raise ConfigError(f"--output {self.path}: holds several runs; name the folder of one of them, or another")
+        if checkpoints(self.path) and config.runs:
+            raise ConfigError(
+                f"--output {self.path}: holds {checkpoints(self.path)[0].name} of a run alone; with runs, each has a "
+                "folder of its own in --output: choose another one"
+            )
         if checkpoints(self.path) and not goes_on and not config.solver.evaluate:
             raise ConfigError(
                 f"--output {self.path}: holds {checkpoints(self.path)[0].name} of another run; choose another folder, "
@@ -201,12 +221,18 @@ class FollowedFolder:
     ) -> None:
         pass
 
+    def keep(self, config: DotMap) -> None:
+        pass
+
     def carry_best(self, source: Path, progress: Progress) -> None:
         progress.best, progress.best_ema = from_first(None)
 
 
+Folder = RunFolder | FollowedFolder
+
+
 @contextmanager
-def open_run_folder(config: DotMap, output: str | None) -> Iterator[RunFolder | FollowedFolder]:
+def open_run_folder(config: DotMap, output: str | None) -> Iterator[Folder]:
     """The folder of a run, made and locked by process 0, on every process. Arguments and errors as of RunFolder."""
     if get_rank() == 0:
         with RunFolder(config, output) as folder:
@@ -214,6 +240,27 @@ def open_run_folder(config: DotMap, output: str | None) -> Iterator[RunFolder | 
             yield folder
     else:
         yield FollowedFolder(from_first(None))
+
+
+@contextmanager
+def open_run_folders(config: DotMap, output: str | None) -> Iterator[tuple[Folder, dict[str, Folder]]]:
+    """The folder of a training, and of each of its runs by name: itself, with an empty name, for one alone."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_run_folder(config, output))
+        yield (
+            folder,
+            {
+                name: stack.enter_context(open_run_folder(own, str(folder.path / name)))
+                for name, own in config.runs.items()
+            }
+            or {"": folder},
+        )
+
+
+def own_values(config: DotMap, own: DotMap) -> dict[str, Any]:
+    """The keys in which a run of `runs` differs from what all share, and their values."""
+    shared = {**config.toDict(), "runs": {}}
+    return {key: value for key, _, value in changed_values(shared, own.toDict())}
 
 
 def find_start(config: DotMap, folder: Path) -> tuple[Path | None, dict[str, Any] | None]:

@@ -3,7 +3,7 @@
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,30 @@ from datasets.loaders import VideoLoader
 from datasets.video_dataset import TrainVideoDataset
 from engine.class_weights import describe_balance
 from engine.optim import scaled_lr
+from engine.run import Run
 from modules.backbones import FrozenTower
 from modules.side4video import Side4Video
-from modules.side_network import HEAD_WIDTH
+from modules.side_network import HEAD_WIDTH, SideNetwork
 from utils.distributed import get_world_size
-from utils.precision import Precision, attention_kernel, describe_switches
+from utils.precision import attention_kernel, describe_switches
 from utils.version import VERSION
 
 PAPER_GPUS = 8
 
 
-def describe_run(
-    config: DotMap,
-    model: Side4Video,
-    train_loader: VideoLoader,
-    val_loader: VideoLoader,
-    precision: Precision,
-    folder: Path,
-) -> list[str]:
+def describe_runs(runs: Sequence[Run], train_loader: VideoLoader, val_loader: VideoLoader) -> Iterator[tuple[str, str]]:
+    """The plans of the runs of a training, as (name of the run, line); lines that all have in common have no name."""
+    plans = {run.name: describe_run(run, train_loader, val_loader) for run in runs}
+    first = next(iter(plans.values()))
+    common = [line for line in first if all(line in plan for plan in plans.values())]
+    yield from (("", line) for line in common)
+    for name, plan in plans.items():
+        yield from ((name, line) for line in plan if line not in common)
+
+
+def describe_run(run: Run, train_loader: VideoLoader, val_loader: VideoLoader) -> list[str]:
     """The plan of a training in under 30 lines: versions, seed, model, data, batch, steps, evaluations, files."""
+    config, model, precision, folder = run.config, run.model, run.precision, run.folder
     data, solver, world = config.data, config.solver, get_world_size()
     accumulated = solver.grad_accumulation_steps
     dataset = train_loader.dataset
@@ -109,12 +114,17 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     """Parameters of each part, frozen and trained, the pixels it takes, and what decodes video files."""
     tower, side, head = model.backbone, model.trained.side, model.trained.head
     frozen, trained = _count(tower), _count(model.trained)
+    blocks = ", ".join(map(str, model.layers))
+    if isinstance(side, SideNetwork):
+        what = f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.width} read the "
+        what += f"tower after its blocks {blocks} (from 0)"
+    else:
+        frames = "averages the frames" if side.average_frames else "sees the order of the frames"
+        what = f"probe: {config.network.side}, reads the tower after its block {model.layers[-1]} (from 0), {frames}"
     lines = [
         f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
         f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen",
-        f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.pos.shape[1]} read the "
-        f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_millions(_count(side))}; "
-        f"head: {_millions(_count(head))}",
+        f"{what}: {_millions(_count(side))}; head: {_millions(_count(head))}",
         f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
         f"{tower.timm_size} x {tower.timm_size}; mean {_join(config.data.mean)}, std {_join(config.data.std)}",
         f"in all: {_millions(trained)} trained, {_millions(frozen)} frozen, {_millions(trained + frozen)} total",

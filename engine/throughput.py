@@ -55,7 +55,7 @@ class DeviceClock:
 
 
 class Throughput:
-    """Seconds of every training step that go into each of the PHASES.
+    """Seconds of every training step that go into each of the PHASES. Runs that share their steps share one object.
 
     `with throughput.phase("data"): ...` and so on, then `end_step()`. On a GPU these are seconds of the device: it
     waits for data when it has nothing to compute and the batch has not arrived. Time between two steps (reports,
@@ -73,7 +73,7 @@ class Throughput:
         self._clock: Clock = clock or (DeviceClock() if device.type == "cuda" else HostClock())
         self._marks: dict[str, tuple[Any, Any]] = {}  # of the step that runs now
         self._unread: list[dict[str, tuple[Any, Any]]] = []  # steps whose seconds nobody has asked the clock for
-        self._waits: list[float] = []  # seconds waited in each step since the last `mean_wait()`
+        self._waited, self._read_steps = 0.0, 0  # seconds waited for data so far, and in how many steps
         self._first: list[dict[str, float]] = []  # seconds of each phase, of the first STEPS steps
         self._num_steps = 0
 
@@ -93,17 +93,16 @@ class Throughput:
             self._read()
             self._report()
 
-    def mean_wait(self) -> float:
-        """Mean seconds that a step waited for data since the last call; at least one step must have ended since."""
+    def waited(self) -> tuple[float, int]:
+        """Seconds that all steps so far waited for data, and their number."""
         self._read()
-        mean = sum(self._waits) / len(self._waits)
-        self._waits.clear()
-        return mean
+        return self._waited, self._read_steps
 
     def _read(self) -> None:
         for marks in self._unread:
             seconds = {name: self._clock.seconds(start, end) for name, (start, end) in marks.items()}
-            self._waits.append(seconds["data"])
+            self._waited += seconds["data"]
+            self._read_steps += 1
             if len(self._first) < STEPS:
                 self._first.append(seconds)
         self._unread.clear()

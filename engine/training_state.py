@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from dotmap import DotMap
 
-from datasets.loaders import VideoLoader
 from engine.averaging import AveragedWeights
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
-from engine.optim import load_optimizer
-from engine.reporter import Reporter
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
 from utils.config_schema import FIELDS
-from utils.distributed import get_rank, get_world_size
+from utils.distributed import get_world_size
 from utils.errors import CheckpointError, ConfigError
 
 # Keys that may differ between a run and its resumption without changing a weight: where things lie, how fast they are
@@ -185,56 +182,6 @@ def keep_global_batch(checkpoint: dict[str, Any], source: str | Path, config: Do
         f"{plain['solver']['grad_accumulation_steps']} accumulated = {total}"
     )
     return DotMap(plain, _dynamic=False)
-
-
-def restore_training(
-    checkpoint: dict[str, Any],
-    source: str | Path,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    reporter: Reporter,
-    loader: VideoLoader,
-    config: DotMap,
-    average: AveragedWeights | None = None,
-) -> Progress:
-    """Restore optimizer, scaler, average, and what reporter and loader have to say of the epoch so far.
-
-    Learning rates and weight decay stay those of `config`.
-
-    Raises:
-        CheckpointError: the optimizer's state does not fit the model.
-    """
-    refuse_other_shapes(checkpoint["optimizer"], optimizer, source)
-    load_optimizer(optimizer, checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    old_accumulation = checkpoint["config"]["solver"]["grad_accumulation_steps"]
-    updates = checkpoint.get("step", 0) // old_accumulation
-    progress = Progress(
-        epoch=checkpoint["epoch"],
-        step=updates * config.solver.grad_accumulation_steps,
-        best=checkpoint["best_accuracy"],
-        best_ema=checkpoint.get("best_accuracy_ema"),
-        improved=improved_epoch(checkpoint),
-    )
-    if average is not None and (averaged := checkpoint.get("ema")) is not None:
-        refuse_other_average(averaged, average, source)
-        average.load_state_dict(averaged)
-    if progress.step:
-        states = checkpoint["progress"]
-        if len(states) == get_world_size():
-            own = states[get_rank()]
-        else:  # the sums of all processes are added at the next report, so process 0 may hold them all
-            own = merged(states) if get_rank() == 0 else EMPTY_REPORT
-        reporter.load_state_dict(own)
-        loader.carried = {name: [tuple(video) for video in own.get(name, [])] for name in ("unreadable", "damaged")}
-    log.info(
-        "resume: %s: epoch %d, step %d, best top-1 so far %s",
-        source,
-        progress.epoch,
-        progress.step,
-        percent(progress.best),
-    )
-    return progress
 
 
 def improved_epoch(checkpoint: dict[str, Any]) -> int | None:

@@ -63,7 +63,7 @@ def look(recognizer: Recognizer, record: VideoRecord, label: int | None = None) 
         output.retain_grad()
         read.append(output)
 
-    side = model.trained.side
+    side = model.side_network("a picture of where it looks")
     last: nn.Module = side.blocks[-1].attn  # type: ignore[assignment]
     hooks = [module.register_forward_hook(keep) for module in (side.stem_bn, *side.projections)]
     hooks.append(last.register_forward_pre_hook(lambda module, inputs: attended.append(inputs[0].detach())))

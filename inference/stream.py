@@ -74,6 +74,7 @@ class WindowScorer:
 
     def __init__(self, model: Side4Video, precision: Precision, config: DotMap):
         self._model, self._precision, self._data = model, precision, config.data
+        self._side = model.side_network("a stream")
         self._transform = EvalTransform(config.data.input_size, config.data.resize)
         self._ring: list[torch.Tensor] = []  # of all parts: (T, N, 3S), then (T, 1 + N, S) for each layer
         self._next = 0  # place in the ring that is written next: that of the oldest frame
@@ -86,7 +87,7 @@ class WindowScorer:
     @torch.inference_mode()
     def add(self, frame: np.ndarray) -> None:
         """A frame, uint8 (H, W, 3), takes the place of the oldest one."""
-        data, side = self._data, self._model.trained.side
+        data, side = self._data, self._side
         clip = self._transform([frame]).to(self._precision.device)  # (1, 1, 3, H, W)
         clip = normalize_clips(clip, tuple(data.mean), tuple(data.std))
         with self._precision.autocast():
@@ -110,7 +111,7 @@ class WindowScorer:
         """float32 (K,) of the last T frames."""
         products, *projected = (torch.cat([part[self._next :], part[: self._next]])[None] for part in self._ring)
         with self._precision.autocast():
-            logits = self._model.trained.classify(self._model.trained.side.mix_frames(products, projected))
+            logits = self._model.trained.classify(self._side.mix_frames(products, projected))
         return logits.float().softmax(dim=-1)[0].cpu().numpy()
 
 

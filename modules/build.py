@@ -5,6 +5,7 @@ from dotmap import DotMap
 
 from modules.backbones import FrozenTower, find_architecture
 from modules.pretrained import load_tower_weights
+from modules.probes import PROBES, Probe
 from modules.side4video import Side4Video, SideClassifier
 from modules.side_network import SideNetwork
 from utils.errors import ConfigError
@@ -24,12 +25,18 @@ def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
         ConfigError: unknown architecture, impossible sizes, or the weight file is absent.
         CheckpointError: the weight file does not fit the architecture.
     """
-    network, data, solver = config.network, config.data, config.solver
+    tower = build_tower(config, load_tower)
+    return Side4Video(tower, build_trained(config, tower))
+
+
+def build_tower(config: DotMap, load_tower: bool = True) -> FrozenTower:
+    """The frozen tower; arguments and errors as of `build_model`."""
+    network = config.network
     architecture = find_architecture(network.arch)
     draw_tower = load_tower and not network.init
     tower = FrozenTower(
         architecture.timm_name,
-        data.input_size,
+        config.data.input_size,
         network.backbone_kwargs,
         network.side_layers,
         on_meta=not draw_tower,
@@ -37,17 +44,31 @@ def build_model(config: DotMap, load_tower: bool = True) -> Side4Video:
     tower.convert(getattr(torch, network.backbone_dtype))
     if load_tower and network.init:
         load_tower_weights(tower, architecture, network.arch, network.weights)
-    try:
-        side = SideNetwork(
-            backbone_width=tower.width,
-            side_width=network.side_dim,
-            num_layers=len(tower.layers),
-            patch_size=tower.patch_size,
-            num_patches=tower.num_patches,
-            norm_placement=network.side_variant,
-            recompute=solver.recompute,
-            sync_bn=solver.sync_bn,
-        )
-    except ValueError as error:
-        raise ConfigError(f"network.side_dim: {error}") from error
-    return Side4Video(tower, SideClassifier(side, data.num_classes, network.drop_fc))
+    return tower
+
+
+def build_trained(config: DotMap, tower: FrozenTower) -> SideClassifier:
+    """What is trained beside the tower: the side network or probe of `network.side`, and the head.
+
+    Raises:
+        ConfigError: impossible sizes.
+    """
+    network, data, solver = config.network, config.data, config.solver
+    side: SideNetwork | Probe
+    if network.side in PROBES:
+        side = PROBES[network.side](tower.width, data.num_segments, network.average_frames)
+    else:
+        try:
+            side = SideNetwork(
+                backbone_width=tower.width,
+                side_width=network.side_dim,
+                num_layers=len(tower.layers),
+                patch_size=tower.patch_size,
+                num_patches=tower.num_patches,
+                norm_placement=network.side_variant,
+                recompute=solver.recompute,
+                sync_bn=solver.sync_bn,
+            )
+        except ValueError as error:
+            raise ConfigError(f"network.side_dim: {error}") from error
+    return SideClassifier(side, data.num_classes, network.drop_fc)

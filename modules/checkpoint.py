@@ -359,7 +359,9 @@ def _fit_positions(
     Returns:
         True if tables were resampled.
     """
-    own = model.trained.side.pos
+    own = model.trained.state_dict().get("side.pos")
+    if own is None:  # a probe has none
+        return False
     table = trained.get("side.pos", own)
     old, new = math.isqrt(len(table)), math.isqrt(len(own))
     if old == new or old**2 != len(table):

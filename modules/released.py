@@ -14,6 +14,7 @@ from modules.side4video import Side4Video
 from utils.errors import CheckpointError
 
 Names = dict[str, str | tuple[str, ...]]
+PURPOSE = "the released form of a checkpoint"
 
 # Norm placement -> start of a name in Side4Video.state_dict() -> start of the released name. `*` is the layer's number.
 # If several starts fit a name, the longest is used. A tuple names several tensors that are concatenated to make ours.
@@ -117,7 +118,7 @@ def from_released(
         CheckpointError: tensors are missing or unknown.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    names, eva = released_names(model), model.trained.side.norm_placement == "post"
+    names, eva = released_names(model), model.side_network(PURPOSE).norm_placement == "post"
     known = dict.fromkeys(part for theirs in names.values() for part in theirs)
     refuse_misfits(
         source,
@@ -138,7 +139,7 @@ def released_names(model: Side4Video) -> dict[str, tuple[str, ...]]:
     Raises:
         CheckpointError: a tensor has no released name.
     """
-    table = RELEASED_NAMES[model.trained.side.norm_placement]
+    table = RELEASED_NAMES[model.side_network(PURPOSE).norm_placement]
     if any(isinstance(module, SwiGLU) for module in model.backbone.modules()):
         table = table | SWIGLU_NAMES
     names = {}

@@ -1,12 +1,15 @@
 """Side4Video: a frozen tower, the side network beside it, and a linear head.
 
-Letters: B clips, T frames of a clip, N patches of a frame, D tower width, H and W pixel height and width, K classes.
+Letters: B clips, T frames of a clip, N patches of a frame, D tower width, H and W pixel height and width, K classes, R
+models that share a tower.
 """
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from modules.backbones import FrozenTower
+from modules.probes import Probe
 from modules.side_network import SideNetwork
 from modules.token_norm import TokenBatchNorm
 from utils.distributed import get_world_size
@@ -23,13 +27,13 @@ log = logging.getLogger(__name__)
 
 
 class SideClassifier(nn.Module):
-    """Everything that is trained: the side network, dropout and the linear head."""
+    """Everything that is trained: the side network or a probe in its place, dropout and the linear head."""
 
-    def __init__(self, side: SideNetwork, num_classes: int, drop_fc: float = 0.0):
+    def __init__(self, side: SideNetwork | Probe, num_classes: int, drop_fc: float = 0.0):
         super().__init__()
         self.side = side
         self.dropout = nn.Dropout(drop_fc)
-        self.head = nn.Linear(side.pos.shape[1], num_classes)
+        self.head = nn.Linear(side.width, num_classes)
 
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
         """Clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> logits (B, K)."""
@@ -44,6 +48,8 @@ class Side4Video(nn.Module):
     """Maps normalised clips, float32 (B, T, 3, H, W), to logits (B, K). No gradient reaches `backbone`.
 
     Attributes:
+        layers: tower blocks whose tokens `trained` reads, those of the tower that it was made with. The tower gives the
+            tokens of more blocks where other models share it.
         sharded: the tower's tensors are split over the processes, so all of them must call the model equally often.
     """
 
@@ -51,6 +57,7 @@ class Side4Video(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.trained = trained
+        self.layers = list(backbone.layers)
         self.sharded = False
         self._replicas: list[DistributedDataParallel] = []  # in a list, so that state_dict() does not see the wrapper
 
@@ -59,10 +66,31 @@ class Side4Video(nn.Module):
         """The wrapper of `trained` that averages gradients over processes, or None before `parallelize`."""
         return self._replicas[0] if self._replicas else None
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """Clips (B, T, 3, H, W) -> logits (B, K)."""
+    def side_network(self, purpose: str) -> SideNetwork:
+        """The side network, for a purpose that a probe cannot serve.
+
+        Raises:
+            ConfigError: a probe takes its place; the error says that `purpose` needs a side network.
+        """
+        if not isinstance(self.trained.side, SideNetwork):
+            raise ConfigError(f"network.side: this model is a probe of the tower; {purpose} needs a side network")
+        return self.trained.side
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Shape of what the model gives for a clip."""
+        return (self.trained.head.out_features,)
+
+    def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor] | None = None) -> Tensor:
+        """Clips (B, T, 3, H, W) -> logits (B, K).
+
+        Args:
+            layer_tokens: tokens of the blocks in `layers`; None lets the tower compute them.
+        """
         trained = self.replica if self.replica and self.training else self.trained
-        return trained(clips, self.backbone.layer_tokens(clips))
+        if layer_tokens is None:
+            (layer_tokens,) = token_streams(self.backbone, clips, [self.layers])
+        return trained(clips, layer_tokens)
 
     def place(self, device: torch.device, shard_backbone: bool = False, compile_backbone: bool = False) -> None:
         """Move the model, which is on the CPU and holds its weights, to this process's device.
@@ -119,6 +147,82 @@ class Side4Video(nn.Module):
     def no_sync(self) -> AbstractContextManager:
         """Inside, gradients add up on each process and are not averaged: for all but the last step of an update."""
         return nullcontext() if self.replica is None else self.replica.no_sync()
+
+
+class SharedTower(nn.Module):
+    """Several models beside one tower: clips (B, T, 3, H, W) -> logits (B, R, K), with one pass of the tower."""
+
+    def __init__(self, models: Sequence[Side4Video]):
+        """
+        Args:
+            models: with the same tower and the same number of classes; see `share_tower`.
+        """
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self._layers = [model.layers for model in models]
+
+    @property
+    def sharded(self) -> bool:
+        """As of Side4Video."""
+        return self._first.sharded
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """As of Side4Video."""
+        return (len(self.models), *self._first.outputs)
+
+    @property
+    def _first(self) -> Side4Video:
+        return cast(Side4Video, self.models[0])
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """(B, T, 3, H, W) -> (B, R, K)."""
+        streams = token_streams(self._first.backbone, clips, self._layers)
+        return torch.stack([model(clips, s) for model, s in zip(self.models, streams, strict=True)], dim=1)
+
+
+def share_tower(models: Sequence[Side4Video]) -> None:
+    """Give all models the deepest of their towers, whose weights must be the same, and drop the others.
+
+    Raises:
+        ValueError: the towers differ.
+    """
+    tower = max((model.backbone for model in models), key=lambda backbone: backbone.num_blocks)
+    tensors = tower.state_dict()
+    for other in {id(model.backbone): model.backbone for model in models}.values():
+        if any(not torch.equal(tensor, tensors[name]) for name, tensor in other.state_dict().items()):
+            raise ValueError("the frozen towers of these models differ")
+    tower.layers = sorted({layer for model in models for layer in model.layers})
+    for model in models:
+        model.backbone = tower
+
+
+def token_streams(tower: FrozenTower, clips: Tensor, layers: Sequence[Sequence[int]]) -> list[Iterator[Tensor]]:
+    """The tokens of one pass of the tower over `clips` (B, T, 3, H, W), once for each reader.
+
+    A block of the tower runs when the first reader asks for it, and its tokens are kept until the last reader that
+    wants them has asked for them. `itertools.tee` would keep them longer: it frees items in groups of 57.
+
+    Args:
+        layers: for each reader, the blocks whose tokens it wants, in ascending order.
+
+    Returns:
+        for each reader, an iterator over tokens (B, T, 1 + N, D) of the tower's dtype.
+    """
+    numbers, source = iter(tower.layers), tower.layer_tokens(clips)
+    waiting: list[deque[Tensor]] = [deque() for _ in layers]
+
+    def read(own: deque[Tensor], wanted: Sequence[int]) -> Iterator[Tensor]:
+        for _ in wanted:
+            while not own:
+                layer, tokens = next(numbers), next(source)
+                for queue, others in zip(waiting, layers, strict=True):
+                    if layer in others:
+                        queue.append(tokens)
+                del tokens
+            yield own.popleft()
+
+    return [read(own, wanted) for own, wanted in zip(waiting, layers, strict=True)]
 
 
 def warn_of_old_card(device: torch.device) -> None:

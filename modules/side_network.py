@@ -227,6 +227,11 @@ class SideNetwork(nn.Module):
             self.post_bn = nn.Identity()
             nn.init.normal_(self.pos, std=0.02)
 
+    @property
+    def width(self) -> int:
+        """S."""
+        return self.pos.shape[1]
+
     def _init_pre(self, blocks: Sequence[SideBlock]) -> None:
         """Initialise as the released code does; tensors not named here keep PyTorch's defaults."""
         side_width = self.pos.shape[1]

@@ -14,6 +14,8 @@ from datasets.loaders import build_eval_loader, build_train_loader
 from datasets.resample import Resample, bilinear
 from engine.configuration import read_config
 from engine.loops import train_one_epoch
+from engine.run import Run
+from modules import build_model
 from tools import browse_data, prepare_data
 from utils.errors import DataError, UserError
 from utils.precision import resolve_precision
@@ -68,18 +70,10 @@ def test_the_rows_are_what_enters_the_model_in_training(config, monkeypatch, tmp
     resolved = read_config(config, overrides)
     given = []
 
-    class Keeper(torch.nn.Linear):
-        def forward(self, clips):
-            given.append(clips.clone())
-            return super().forward(torch.zeros(len(clips), 1))
-
-    loader, model = build_train_loader(resolved), Keeper(1, 10)
-    model.no_sync = None
-    model.__dict__["trained"] = model  # all of it, without a cycle of modules
-    precision = resolve_precision("fp32", torch.device("cpu"))
+    loader, model = build_train_loader(resolved), build_model(resolved)
+    model.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].clone()))
     loader.sampler.set_epoch(1)
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "base_lr": 0.1}])
-    train_one_epoch(model, loader, optimizer, precision.grad_scaler(), precision, 1, resolved)
+    train_one_epoch([Run(resolved, model, resolve_precision("fp32", torch.device("cpu")))], loader, 1)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (resolved.data.mean, resolved.data.std))
     pixels = as_frames(((torch.cat(given) * std + mean) * 255).round().clamp(0, 255).byte())
     rows = rows_of(browse_data.train_rows(resolved, 1, 100))

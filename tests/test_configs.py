@@ -9,7 +9,7 @@ import yaml
 from datasets.loaders import build_train_loader
 from engine.configuration import read_config
 from engine.loops import train_one_epoch
-from engine.optim import build_optimizer
+from engine.run import Run
 from modules import build_model
 from modules.hashing import hash_tensors
 from utils.config_schema import LEGACY
@@ -109,14 +109,11 @@ def test_a_configuration_trains_one_step_at_reduced_depth(path, load):
     torch.manual_seed(0)
     model = build_model(config)
     tower, before = hash_tensors(model.backbone.state_dict()), model.trained.side.pos.clone()
-    optimizer, precision = (
-        build_optimizer(model, config),
-        resolve_precision(config.solver.precision, torch.device("cpu")),
-    )
+    run = Run(config, model, resolve_precision(config.solver.precision, torch.device("cpu")))
     loader = build_train_loader(config)
     assert len(loader) == 1
-    loss = train_one_epoch(model, loader, optimizer, precision.grad_scaler(), precision, 1, config)
-    assert loss > 0 and not model.trained.side.pos.equal(before)
+    train_one_epoch([run], loader, 1)
+    assert run.reporter.mean_loss > 0 and not model.trained.side.pos.equal(before)
     assert hash_tensors(model.backbone.state_dict()) == tower
 
 

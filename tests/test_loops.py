@@ -7,6 +7,7 @@ from tiny import pixel_batch, tiny_config, train_steps
 
 from datasets.batch_augment import BatchAugment
 from engine import loops
+from engine import run as run_module
 from engine.optim import lr_factor
 from engine.reporter import LossMonitor, NonFiniteLossError
 from modules import build_model
@@ -62,7 +63,7 @@ def test_clip_grad_bounds_the_step(monkeypatch):
 def test_the_learning_rate_is_set_before_every_iteration(monkeypatch):
     """Warm-up over two epochs of three batches: a sixth more with each iteration."""
     rates = []
-    monkeypatch.setattr(loops, "lr_factor", lambda epoch, solver: rates.append(epoch) or lr_factor(epoch, solver))
+    monkeypatch.setattr(run_module, "lr_factor", lambda epoch, solver: rates.append(epoch) or lr_factor(epoch, solver))
     used, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda self, *args: (used.append(self.param_groups[0]["lr"]), step(self, *args))[1]
@@ -112,7 +113,9 @@ def test_processes_exchange_gradients_in_the_last_batch_of_an_update_only(monkey
         events.append("end")
 
     monkeypatch.setattr(Side4Video, "no_sync", no_sync)
-    monkeypatch.setattr(Side4Video, "forward", lambda self, clips: (events.append("forward"), forward(self, clips))[1])
+    monkeypatch.setattr(
+        Side4Video, "forward", lambda self, *inputs: (events.append("forward"), forward(self, *inputs))[1]
+    )
     train_steps([pixel_batch(number) for number in range(4)], 2)
     assert events == ["alone", "forward", "end", "forward"] * 2
 

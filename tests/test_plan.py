@@ -274,15 +274,15 @@ def gpu_of(monkeypatch):
 def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     caplog.set_level(logging.INFO)
     config = with_values(small_config(), solver__precision="bf16")
-    planned = memory_module.planned_training_peak(config)
-    report = PeakReport(config, gpu_of(24 * 2**30, peak=2 * planned))
+    planned = memory_module.planned_training_peak([config])
+    report = PeakReport([config], gpu_of(24 * 2**30, peak=2 * planned))
     report.epoch_done()
     report.epoch_done()
     before, after = caplog.messages
     assert before.startswith("memory: planned peak 0.") and "does not fit" not in before
     assert "real peak" in after and "(0.50 of it)" in after
     caplog.clear()
-    PeakReport(config, gpu_of(2**30 + 2**20))
+    PeakReport([config], gpu_of(2**30 + 2**20))
     assert caplog.messages[0].endswith("it does not fit: tools/plan.py says what does")
 
 

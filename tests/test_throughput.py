@@ -16,8 +16,7 @@ from engine import throughput as module
 from engine.advice import advice, first_frame_size
 from engine.configuration import default_config, read_config
 from engine.loops import train_one_epoch
-from engine.optim import build_optimizer
-from engine.reporter import Reporter
+from engine.run import Run
 from engine.throughput import STEPS, DeviceClock, HostClock, Throughput
 from modules import build_model
 from utils.config_schema import FIELDS
@@ -104,14 +103,14 @@ def test_of_several_processes_the_one_that_waited_longest_is_reported(caplog, mo
     assert "3 process(es)" in first
 
 
-def test_the_mean_wait_is_that_since_it_was_last_asked_for():
+def test_what_all_steps_waited_is_the_same_for_everybody_who_asks():
     clock = TurnedClock()
     throughput = Throughput(make_config(), CPU, clock=clock)
     run(throughput, clock, 2, waiting=1)
     run(throughput, clock, 2, waiting=3)
-    assert throughput.mean_wait() == 2
+    assert throughput.waited() == throughput.waited() == (8, 4)
     run(throughput, clock, 60, waiting=5)
-    assert throughput.mean_wait() == 5
+    assert throughput.waited() == (308, 64)
 
 
 def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epochs(config, monkeypatch, caplog):
@@ -135,11 +134,10 @@ def test_training_marks_the_wait_for_a_batch_and_the_work_on_it_over_short_epoch
         clock.now += 6
 
     model.trained.register_forward_hook(work)
-    optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
-    reporter = Reporter(config, CPU, clock=clock)
+    one = Run(config, model, precision, throughput=Throughput(config, CPU, clock=clock))
     for epoch in range(3):
         assert lines_of(caplog) == []
-        train_one_epoch(model, loader, optimizer, scaler, precision, epoch, config, reporter)
+        train_one_epoch([one], loader, epoch)
         clock.now += 1000  # validation
     waiting, computing = 49 * 2 + 2 * 4, 49 * 6
     share = 100 * waiting / (waiting + computing)

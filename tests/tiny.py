@@ -21,7 +21,7 @@ from datasets.annotations import read_class_names
 from datasets.transforms import EvalTransform, TrainTransform, protocol_resize
 from engine.configuration import default_config, read_config
 from engine.loops import train_one_epoch
-from engine.optim import build_optimizer
+from engine.run import Run
 from modules import build_model
 from modules.backbones import FrozenTower, find_architecture
 from modules.checkpoint import checkpoint_state, model_state, save_checkpoint, save_safetensors
@@ -116,9 +116,9 @@ def train_steps(batches, accumulation, network=None, **changes):
     config = default_config(seed=0, network=network, solver=solver, logging={"print_freq": 100})
     torch.manual_seed(0)
     model = build_model(config)
-    optimizer, precision = build_optimizer(model, config), resolve_precision(config.solver.precision, CPU)
-    loss = train_one_epoch(model, batches, optimizer, precision.grad_scaler(), precision, 0, config)
-    return model, loss
+    run = Run(config, model, resolve_precision(config.solver.precision, CPU))
+    train_one_epoch([run], batches, 0)
+    return model, run.reporter.mean_loss
 
 
 def loader_config(paths, accumulation=1, view_batch=None, **data):

@@ -126,7 +126,7 @@ def choose_output(recognizer: Recognizer, tokens: str | None, views: int) -> Out
     """What to write; raises ConfigError for layers whose tokens the tower does not give."""
     tower, data = recognizer.model.backbone, recognizer.config.data
     if tokens is None:
-        width = recognizer.model.trained.side.pos.shape[1]
+        width = recognizer.model.trained.side.width
         features = recognizer.clip_features
         return Output("features", lambda clips: features(clips).float(), (views, width), torch.float32)
     layers = layers_of(tokens, tower.layers, tower.depth)

@@ -7,6 +7,7 @@ Every error is one line: the place of the value (FILE:LINE or the command line),
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -14,12 +15,13 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import yaml
 from dotmap import DotMap
 
-from utils.config_schema import ANY, FIELDS, LEGACY, REQUIRED, SECTIONS
+from utils.config_schema import ANY, FIELDS, LEGACY, OWN_KEYS, REQUIRED, SECTIONS, SHARED_BECAUSE
 from utils.errors import ConfigError, quoted, run_program
 
 NO_FILES = (("network.weights", "hub"), ("resume", "auto"))  # values of file keys that name no file
 MOST_VALUES = 10_000  # of one file
 COMMAND_LINE = "command line"
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")  # it names a folder
 USAGE = "usage: python -m utils.config train|test CONFIG [key=value ...]"
 Fail = Callable[[str, str], NoReturn]
 Purpose = Literal["train", "test", "model"]
@@ -48,7 +50,7 @@ def load_config(
     Returns:
         every key of the schema except `base`. Reading another name raises AttributeError or KeyError, but not on a
         copy of the DotMap: a copy returns an empty DotMap for it. `.toDict()` is the plain form; its YAML loads to an
-        equal configuration.
+        equal configuration. `runs` holds a configuration of the same form for each of its names.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.
@@ -87,6 +89,7 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose, missing: 
     for key in entries:
         if key not in FIELDS and key not in LEGACY:
             fail(key, f"unknown key; did you mean {_nearest(key)}?")
+    runs = _own_entries(entries, fail)
     values: Values = {}
     for key, field in FIELDS.items():
         if key not in entries and field.default is REQUIRED:
@@ -96,6 +99,7 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose, missing: 
         except ValueError as error:
             fail(key, str(error))
     del values["base"]
+    values["runs"] = {}
     _check_legacy(entries, values, fail)
     _check_together(values, purpose, fail)
     _check_paths(values, purpose, fail, place, missing)
@@ -104,7 +108,31 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose, missing: 
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         (plain.setdefault(section, {}) if section else plain)[name] = value
+    plain["runs"] = {name: _checked(own, source, purpose).toDict() for name, own in runs.items()}
     return DotMap(plain, _dynamic=False)
+
+
+def _own_entries(entries: dict[str, Entry], fail: Fail) -> dict[str, dict[str, Entry]]:
+    """The entries of each run of `runs`: those of all, and its own instead of them."""
+    found = {}
+    given = entries["runs"].value if "runs" in entries else None
+    for name, own in given.items() if isinstance(given, dict) else ():
+        if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
+            fail("runs", f"{quoted(name)} names a folder, so it is made of letters, digits and . _ = -, such as lr-1")
+        if own is not None and not isinstance(own, dict):
+            fail("runs", f"{name}: is {quoted(own)}, must be a mapping of keys to values, such as {{solver.lr: 3e-4}}")
+        for key in own or {}:
+            if key not in FIELDS and key not in SECTIONS:
+                fail("runs", f"{name}: {key}: unknown key; did you mean {_nearest(str(key))}?")
+            if key in SECTIONS:
+                fail("runs", f"{name}: {key}: a section; write its keys in full, such as {key}.NAME: VALUE")
+            if key not in OWN_KEYS:
+                why = next(why for start, why in SHARED_BECAUSE.items() if key.startswith(start))
+                fail("runs", f"{name}: {key}: cannot differ between runs: {why}")
+        place = f"{entries['runs'].origin}: runs: {name}"
+        shared = {key: entry for key, entry in entries.items() if key != "runs"}
+        found[name] = shared | {key: Entry(value, place) for key, value in (own or {}).items()}
+    return found
 
 
 def _read_file(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Entry]:

@@ -212,6 +212,18 @@ FIELDS = {
     "seed": Field(
         "int", 1024, "Seed of initialisation, video order, frames, crops and flips.", _from_to(0, 4294967295)
     ),
+    "init_seed": Field(
+        "int",
+        None,
+        "Seed of the first weights of side network and head alone. None: they follow from `seed`.",
+        _from_to(0, 4294967295),
+    ),
+    "runs": Field(
+        "dict",
+        {},
+        "Several trainings beside one tower, see docs/sweeps.md: the name of each, and its own values, such as "
+        "`{slow: {solver.lr: 3e-4}, light: {network.side_dim: 128}}`.",
+    ),
     # data
     "data.dataset": Field(
         "str", REQUIRED, "Name of the data set. Its runs are stored in a folder of this name.", _NOT_EMPTY
@@ -392,6 +404,22 @@ FIELDS = {
     "network.side_dim": Field(
         "int", REQUIRED, "Width of the side network. In the paper, 320 for ViT-B and 512 for ViT-L/14.", _WIDTH
     ),
+    "network.side": Field(
+        "str",
+        "side4video",
+        "What is trained beside the tower. A probe is a baseline: it reads the tokens of the last block of "
+        "`network.side_layers` only; `linear` takes the class token and the mean of the patches, `attentive` a learned "
+        "query that attends to them.",
+        _one_of("side4video", "linear", "attentive"),
+        trained_with=True,
+    ),
+    "network.average_frames": Field(
+        "bool",
+        True,
+        "Whether a probe averages what it finds in each frame, so that the order of the frames cannot count. False: "
+        "`linear` puts the frames in a row, `attentive` looks at all frames together.",
+        trained_with=True,
+    ),
     "network.side_variant": Field(
         "str",
         None,
@@ -405,8 +433,7 @@ FIELDS = {
         "layers",
         None,
         "Tower blocks that the side network reads, counted from 0. None: `all` for the variant `pre`, `every2` (1, 3, "
-        "5, "
-        "...) for `post`. The tower stops after the last block that is read.",
+        "5, ...) for `post`, `last:1` for a probe. The tower stops after the last block that is read.",
         trained_with=True,
     ),
     "network.backbone_dtype": Field(
@@ -588,6 +615,35 @@ LEGACY = {
     "solver.momentum": (ANY, "AdamW has no momentum; see `solver.betas`."),
 }
 
+# Keys that may differ between the trainings of `runs`. The others decide what reaches the tower, or hold for all.
+OWN_KEYS = (
+    *("init_seed", "network.side", "network.average_frames", "network.drop_fc"),
+    *("network.side_dim", "network.side_variant", "network.side_layers"),
+    *(
+        "solver.type",
+        "solver.lr",
+        "solver.lr_scale",
+        "solver.lr_batch",
+        "solver.lr_warmup_step",
+        "solver.lr_decay_step",
+    ),
+    *("solver.betas", "solver.weight_decay", "solver.clip_ratio", "solver.clip_grad", "solver.ema", "solver.patience"),
+    *("solver.smoothing", "solver.class_weights", "solver.sync_bn", "solver.recompute"),
+)
+# Why another key, or one of a section, cannot differ; the first that fits.
+SHARED_BECAUSE = {
+    "seed": "it also draws the clips, which all runs share; init_seed draws the first weights alone",
+    "solver.mixup": "it mixes the pixels that the tower sees, and all runs share the tower's tokens",
+    "solver.grad_accumulation_steps": "it is part of the batch, which all runs share",
+    "solver.epochs": "the runs go through the data together; solver.patience may end one earlier",
+    "solver.start_epoch": "the runs go through the data together",
+    "solver.compile": "it changes the tower's numbers, and all runs share the tower",
+    "solver.": "it is a switch of the processes, which all runs share",
+    "data.": "all runs get the same clips",
+    "network.": "all runs share the tower",
+    "": "it holds for all runs together",
+}
+
 _HEAD = """# Configuration
 
 This page is printed by `python -m utils.config_schema > docs/configuration.md`. To change it, edit
@@ -602,13 +658,15 @@ A value that is None because the protocol or the tower decides it is filled in r
 (`engine/configuration.py`). The `config.yaml` in the folder of a run holds the values that were filled in.
 
 A checkpoint holds the configuration of its training. These keys decide which frames, pixels and tokens its weights get,
-and `test.py` refuses other values than the checkpoint's, unless `--accept_changes` is given: {trained_with}."""
+and `test.py` refuses other values than the checkpoint's, unless `--accept_changes` is given: {trained_with}.
+
+The trainings of `runs` ([docs/sweeps.md](sweeps.md)) may differ in these keys: {own}."""
 
 
 def markdown() -> str:
     """Return the text of docs/configuration.md."""
     trained_with = ", ".join(f"`{key}`" for key, field in FIELDS.items() if field.trained_with)
-    lines = [_HEAD.format(trained_with=trained_with)]
+    lines = [_HEAD.format(trained_with=trained_with, own=", ".join(f"`{key}`" for key in OWN_KEYS))]
     for section, title in {"": "the run", **SECTIONS}.items():
         fields = {key: field for key, field in FIELDS.items() if key.rpartition(".")[0] == section}
         rows = [(f"`{key}`", field.must, _code(field.default), field.doc) for key, field in fields.items()]
