@@ -131,10 +131,10 @@ def train_in(
     with ExitStack() as ends, Saver(folder.path, config, runs, train_loader) as saver:
         for run in runs:
             ends.callback(run.reporter.close)
-        for epoch in range(min(run.place for run in runs)[0], config.solver.epochs):
+        for epoch in range(min(run.start for run in runs)[0], config.solver.epochs):
             for run in runs:
                 run.end_if_finished(epoch)
-            active = [run for run in runs if not run.ended and run.progress.epoch <= epoch]
+            active = [run for run in runs if run.is_trained_in(epoch)]
             if not active:
                 continue
             last = min(active, key=lambda run: run.first_step(epoch))

@@ -157,12 +157,12 @@ class Saver:
             self._act(self._agreement.largest(0), epoch, len(self._loader))
 
     def save(self, epoch: int, step: int = 0) -> None:
-        """Write a checkpoint of every run that takes part at this point, in the background.
+        """Write a checkpoint of every run that was trained on the way to this point, in the background.
 
         All processes must call it together.
         """
         for run, writer in self._writers:
-            if not run.takes_part(epoch, step):
+            if not run.has_moved(epoch, step):
                 continue
             reports = gather([{**run.reporter.state_dict(), **self._loader.met()}] if step else [])
             if get_rank() == 0:

@@ -51,7 +51,9 @@ class Run:
         config: resolved.
         model, optimizer, scaler, reporter: the parts.
         average: that of `solver.ema`, or None.
-        progress: how far the training is. In an epoch behind it, or before its step, the run does nothing.
+        progress: how far the training is.
+        start: epochs finished, and iterations of the next one, when the training started. Where others start earlier,
+            the run waits until they are there.
         ended: `solver.patience` has ended it.
         carried: after `restore` inside an epoch, for `VideoLoader.carried`.
         best_files: names of the best checkpoints that the next checkpoint is written to too.
@@ -81,6 +83,7 @@ class Run:
         self.average = None if ema is None else AveragedWeights(model.trained, ema)
         self.reporter = Reporter(config, precision.device, dataset, throughput)
         self.progress = Progress(epoch=config.solver.start_epoch)
+        self.start = self.progress.epoch, self.progress.step
         self.ended = False
         self.carried: dict[str, list[tuple[int, str]]] = {}
         self.best_files: list[str] = []
@@ -90,16 +93,15 @@ class Run:
 
     def first_step(self, epoch: int) -> int:
         """Iterations of an epoch that are done already."""
-        return self.progress.step if self.progress.epoch == epoch else 0
+        return self.start[1] if self.start[0] == epoch else 0
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Epochs finished, and iterations of the next one that were done when the training started."""
-        return self.progress.epoch, self.progress.step
+    def is_trained_in(self, epoch: int) -> bool:
+        """Whether the run has something to do in an epoch: it was not beyond it at the start, and has not ended."""
+        return not self.ended and self.start[0] <= epoch
 
-    def takes_part(self, epoch: int, step: int) -> bool:
-        """Whether the run is trained at this point: it has not been beyond it already, and has not ended."""
-        return not self.ended and self.place <= (epoch, step)
+    def has_moved(self, epoch: int, step: int) -> bool:
+        """Whether the run was trained on its way to this point."""
+        return not self.ended and self.start < (epoch, step)
 
     def restore(self, checkpoint: dict[str, Any], source: str | Path) -> None:
         """Go on from a checkpoint: optimizer, scaler, average, progress, and what there is to say of the epoch so far.
@@ -133,7 +135,8 @@ class Run:
             self.reporter.load_state_dict(own)
             self.carried = {name: [tuple(video) for video in own.get(name, [])] for name in ("unreadable", "damaged")}
         best = percent(self.progress.best)
-        log.info("resume: %s: epoch %d, step %d, best top-1 so far %s", source, *self.place, best)
+        self.start = self.progress.epoch, self.progress.step
+        log.info("resume: %s: epoch %d, step %d, best top-1 so far %s", source, *self.start, best)
 
     def start_epoch(self, epoch: int, loader: VideoLoader) -> None:
         """Call it before the first `step` of an epoch."""
@@ -185,7 +188,7 @@ class Run:
 
     def end_if_finished(self, epoch: int) -> None:
         """Before an epoch: `solver.patience` may have ended the run."""
-        why = finished(epoch, self.progress.improved, self.config) if self.place <= (epoch, 0) else None
+        why = finished(epoch, self.progress.improved, self.config) if self.start <= (epoch, 0) else None
         if why and not self.ended:
             with log_as(self.name):
                 log.info("finished: %s", why)

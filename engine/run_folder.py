@@ -84,6 +84,8 @@ class RunFolder:
                 unfinished.unlink()  # of a run that was killed while it wrote
         except BaseException:
             self._remove_empty()
+            if hasattr(self, "_lock"):
+                os.close(self._lock)
             raise
 
     def __enter__(self) -> "RunFolder":

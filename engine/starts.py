@@ -143,9 +143,14 @@ def build_models(starts: Sequence[Start], class_names: list[str] | None) -> tupl
         part = model_state(model) if get_rank() == 0 and not config.solver.evaluate else {}
         parts.append(known.setdefault(part.get("tower_sha256"), part))  # held towers that are equal are kept once
         models.append(model)
+    names = ", ".join(start.name for start in starts)
+    different = f"the runs {names} were trained beside different towers, and cannot share one"
+    # Held towers of the same blocks take each other's place above, so they are compared by the hashes of their files.
+    held = {(str(s.config.network.side_layers), s.checkpoint.get("tower_sha256")) for s in starts if s.checkpoint}
+    if len(held) > len({layers for layers, _ in held}):
+        raise CheckpointError(different)
     try:
         share_tower(models)
     except ValueError as error:
-        names = ", ".join(start.name for start in starts)
-        raise CheckpointError(f"the runs {names} were trained beside different towers, and cannot share one") from error
+        raise CheckpointError(different) from error
     return models, parts
