@@ -206,11 +206,18 @@ def update_once(
     precision: Precision,
 ) -> None:
     """One update of the weights, by `train_one_epoch`."""
-    run = Run(with_values(config, solver__grad_accumulation_steps=len(batches)), model, precision)
-    run.optimizer, run.reporter = optimizer, _Silent()  # type: ignore[assignment]
-    # Without a scaler: it would ask for values. It holds two numbers.
-    run.scaler = torch.amp.GradScaler(precision.device.type, enabled=False)
+    run = silent_run(with_values(config, solver__grad_accumulation_steps=len(batches)), model, precision, optimizer)
     train_one_epoch([run], batches, 0)  # type: ignore[arg-type]  # a loader is iterated
+
+
+def silent_run(
+    config: DotMap, model: Side4Video, precision: Precision, optimizer: torch.optim.Optimizer | None = None
+) -> Run:
+    """A run that reports nothing and never asks for a value; with its own optimizer unless another is given."""
+    run = Run(config, model, precision)
+    run.optimizer, run.reporter = optimizer or run.optimizer, _Silent()  # type: ignore[assignment]
+    run.scaler = torch.amp.GradScaler(precision.device.type, enabled=False)  # one holds two numbers
+    return run
 
 
 def test_batch(config: DotMap) -> dict[str, Tensor]:

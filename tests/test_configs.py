@@ -69,7 +69,7 @@ def load(tmp_path, make_frame_folders, motion_root):
 
 
 def test_every_run_has_a_recipe_to_hold():
-    assert set(RUNS) == {*RECIPES, "configs/demo/motion.yaml"}
+    assert set(RUNS) == {*RECIPES, "configs/demo/motion.yaml", "configs/demo/widths.yaml"}
 
 
 @pytest.mark.parametrize("path", RUNS)

@@ -14,8 +14,10 @@ from tiny import run_script, score_run, tiny_config, train_run
 import train as train_program
 from engine.configuration import default_config, read_config
 from engine.loops import train_one_epoch
+from engine.starts import Start, build_models
 from modules import build_model
 from modules.backbones import FrozenTower
+from modules.build import build_trained
 from modules.side4video import SharedTower, share_tower, token_streams
 from utils.config_schema import FIELDS, OWN_KEYS
 from utils.errors import CheckpointError, ConfigError, UserError
@@ -260,6 +262,27 @@ def test_runs_beside_different_towers_are_refused(config, tmp_path):
     with pytest.raises(CheckpointError, match="plain, wide were trained beside different towers"):
         arguments = ["--allow_config_change", "resume=auto", as_argument(MIXED)]
         train_program.main(["--config", config, "--output", str(tmp_path / "all"), *arguments])
+
+
+def test_the_seed_of_the_first_weights_changes_nothing_else(config):
+    """Each start is drawn behind the tower as torch draws it; the towers are the same."""
+    read = read_config(config, [as_argument({"a": {}, "b": {"init_seed": 5}, "c": {"init_seed": 5}, "d": {}})])
+    starts = [Start(name, own, None, None, False, None) for name, own in read.runs.items()]
+    models, _ = build_models(starts, None)
+    a, b, c, d = (model.trained.state_dict() for model in models)
+    assert equal(a, d) and equal(b, c) and not equal(a, b)
+    torch.manual_seed(5)
+    assert equal(b, build_trained(read, models[0].backbone).state_dict())
+
+
+def test_all_runs_are_evaluated_without_training(config, tmp_path):
+    arguments = ["--config", config, "--output", str(tmp_path / "all"), as_argument(MIXED), "solver.epochs=1"]
+    best = train_program.train(read_config(config, arguments[4:]), str(tmp_path / "all"))
+    before = {path: path.read_bytes() for path in tmp_path.glob("all/*/*.pt")}
+    found = train_program.train(
+        read_config(config, [*arguments[4:], "resume=auto", "solver.evaluate=True"]), arguments[3]
+    )
+    assert found == best and before == {path: path.read_bytes() for path in tmp_path.glob("all/*/*.pt")}
 
 
 # The tower's tokens
