@@ -133,13 +133,16 @@ class Saver:
         if kind is None or issubclass(kind, Stopped):
             self._close()
         else:
-            for _run, writer in self._writers:
-                writer.wait()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        for _run, writer in self._writers:
+            writer.wait()
 
     def _close(self) -> None:
         """Finish all writes, and only then raise the first error."""
-        for _run, writer in self._writers:
-            writer.wait()
+        self.wait()
         for _run, writer in self._writers:
             writer.close()
 

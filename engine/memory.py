@@ -19,19 +19,20 @@ class DeviceMemoryError(UserError):
     """The device has too little memory for a batch."""
 
 
-def planned_training_peak(configs: Sequence[DotMap]) -> int:
+def planned_training_peak(configs: Sequence[DotMap], world_size: int) -> int:
     """Bytes of one process at the peak of a training step on a GPU, as the plan counts them.
 
     Args:
         configs: of the runs that share the step. They go forward and backward one after the other, so the peak is that
-            of the largest, beside the weights, gradients and optimizers of the others.
+            of the largest, beside weights and optimizers of the others, and their gradients while they accumulate.
     """
     peaks, own = [], []
     for config in configs:
         with rehearsing(config) as rehearsal:
             memory = rehearsal.train(config.data.batch_size, config.solver.recompute)
-        peaks.append(memory.process_peak(config, get_world_size()))
-        own.append(2 * memory.gradients + memory.optimizer)  # a weight is as large as its gradient
+        peaks.append(memory.process_peak(config, world_size))
+        accumulated = config.solver.grad_accumulation_steps > 1
+        own.append((1 + accumulated) * memory.gradients + memory.optimizer)  # a weight is as large as its gradient
     return max(peak - mine for peak, mine in zip(peaks, own, strict=True)) + sum(own)
 
 
@@ -47,7 +48,7 @@ class PeakReport:
         self._device, self._planned = device, 0
         self._is_due = device.type == "cuda"
         if self._is_due:
-            self._planned = planned_training_peak(configs)
+            self._planned = planned_training_peak(configs, get_world_size())
             room = usable(total_memory(device))
             log.info(
                 f"memory: planned peak {_gib(self._planned)} of a training step, on a GPU with {_gib(room)} for tensors"

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +12,18 @@ from tiny import TOWER, make_inputs, make_side
 from torch.nn import functional as F
 
 from benchmarks.allocations import measure_memory
+from benchmarks.many_runs import counted_runs
 from benchmarks.plan_check import scoring, training
+from engine import loops
 from engine import memory as memory_module
 from engine.configuration import default_config
 from engine.dry_run import MemoryCount, dry_run, walked_backward
+from engine.loops import train_one_epoch
 from engine.memory import PeakReport, advise_batch, advise_views
 from engine.plan import (
     CARDS,
     Work,
+    blank_batch,
     choose_batch,
     largest_fitting,
     make_plan,
@@ -271,10 +276,23 @@ def gpu_of(monkeypatch):
     return put
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_peak_of_several_runs_is_planned_from_each_alone(monkeypatch, number, accumulation):
+    """Against a count of the step that all make together."""
+    monkeypatch.setattr(loops, "same_draws", lambda device: nullcontext())  # there is no generator of a GPU
+    config = small_config(precision="bf16", grad_accumulation_steps=accumulation)
+    with counted_runs(config, number, "cuda") as (runs, count):
+        count.restart()
+        train_one_epoch(runs, [blank_batch(config) for _ in range(accumulation)], 0)
+        counted = count.peak
+    assert memory_module.planned_training_peak([config] * number, 1) == pytest.approx(counted, rel=0.02)
+
+
 def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     caplog.set_level(logging.INFO)
     config = with_values(small_config(), solver__precision="bf16")
-    planned = memory_module.planned_training_peak([config])
+    planned = memory_module.planned_training_peak([config], 1)
     report = PeakReport([config], gpu_of(24 * 2**30, peak=2 * planned))
     report.epoch_done()
     report.epoch_done()

@@ -38,7 +38,7 @@ def kill_at(monkeypatch, updates):
     def counted(self, decided, epoch, step):
         seen.append(step)
         if len(seen) >= updates:
-            self._writer.wait()
+            self.wait()
             raise Killed
         act(self, decided, epoch, step)
 

@@ -54,7 +54,7 @@ def kill_after(monkeypatch):
             act(self, decided, epoch, step)
             seen.append(step)
             if len(seen) == updates:
-                self._writer.wait()
+                self.wait()
                 raise Killed
 
         monkeypatch.setattr(Saver, "_act", counted)
@@ -569,7 +569,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_the_start(config,
 def test_out_of_memory_is_one_line_with_the_sizes_and_what_to_change(config, tmp_path, monkeypatch):
     train_run(config, tmp_path / "run", "solver.epochs=1", "solver.lr_warmup_step=1")
 
-    def full(self, clips):
+    def full(self, *inputs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
     monkeypatch.setattr(Side4Video, "forward", full)

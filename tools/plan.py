@@ -17,6 +17,7 @@ from dotmap import DotMap
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import few_shot, read_annotations
+from engine.memory import planned_training_peak
 from engine.optim import update_videos
 from engine.plan import CARDS, CONTEXT_BYTES, GAPS, Plan, make_plan, resolve_for_gpu
 from engine.summary import PAPER_GPUS
@@ -46,7 +47,14 @@ def main(argv: list[str]) -> None:
     # The recipe is the file's on the paper's GPUs, whatever batch is tried here.
     total = update_videos(recipe, PAPER_GPUS)
     plan = make_plan(config, args.gpus, memory, total, args.videos or count_videos(config))
-    sys.stdout.write("".join(f"{line}\n" for line in describe(plan, args.config)))
+    lines = describe(plan, args.config)
+    if config.runs:
+        peak = planned_training_peak(list(config.runs.values()), args.gpus)
+        lines.append(
+            f"runs: the lines above are of one training; {len(config.runs)} runs beside one tower: peak of a training "
+            f"step {_gb(peak)}"
+        )
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def gpu_memory(text: str) -> float:
