@@ -1,44 +1,69 @@
-"""What a process hands to all-reduce, measured."""
+"""Operators of a training step and the bytes that they move, counted without running them.
 
+    python -m benchmarks.traffic [--arch ViT-B/16 ...] [--clips 32] [--compile] [--by_operator]
+
+The model runs forward and backward on fake tensors, under autocast in bfloat16 with the tower in bfloat16, so nothing is
+computed and no memory is needed. Autocast's rules are those of CUDA: CUDA runs layer_norm in float32. Each operator is
+taken to read its inputs and write its results once. Matrix products, convolutions and attention are counted apart. The
+times of a roofline are arithmetic: bytes over bandwidth plus arithmetic over peak rate, from the makers' data sheets.
+"""
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from benchmarks.allocations import NO_KERNEL, PRODUCTS
 
-from modules.side4video import Side4Video
+
+class Traffic(TorchDispatchMode):
+    """Counts the operators that run inside and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.product_bytes = 0
+        self.other_bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not (func.is_view or func.overloadpacket in NO_KERNEL):
+            self.operators += 1
+            moved = sum(_bytes(t) for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+            self.calls[func.name()] += 1
+            if func.overloadpacket in PRODUCTS:
+                self.product_bytes += moved
+            else:
+                self.other_bytes[func.name()] += moved
+        return result
 
 
-class ByteCount:
-    """Bytes that this process has handed to all-reduce so far."""
-
-    total = 0
+def _bytes(t: Tensor) -> int:
+    """Bytes of a tensor's elements; those of an expanded dimension count once."""
+    n = t.element_size()
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        n *= size if stride else 1
+    return n
 
 
 @contextmanager
-def count_reduced_bytes(model: Side4Video) -> Iterator[ByteCount]:
-    """Count the bytes of all tensors that go through torch.distributed.all_reduce inside: gradients and statistics.
+def cuda_rules() -> Iterator[None]:
+    """Autocast on a CPU treats layer_norm as on CUDA: in float32."""
+    layer_norm = F.layer_norm
 
-    DistributedDataParallel reduces gradients in C++ unless it has a communication hook. The model's replica is given
-    one here, which does the same in Python and stays for good, so a model can be counted once.
-    """
-    count, all_reduce = ByteCount(), dist.all_reduce
+    def in_float32(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return layer_norm(x.float(), *args, **kwargs)
+        return layer_norm(x, *args, **kwargs)
 
-    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        count.total += tensor.nbytes
-        return all_reduce(tensor, *args, **kwargs)
-
-    assert model.replica is not None, "call parallelize() first"
-    model.replica.register_comm_hook(None, average_bucket)
-    dist.all_reduce = counting
+    F.layer_norm = in_float32
     try:
-        yield count
+        yield
     finally:
-        dist.all_reduce = all_reduce
-
-
-def average_bucket(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average the gradients of a bucket over all processes, as torch's own `allreduce_hook` does."""
-    work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+        F.layer_norm = layer_norm

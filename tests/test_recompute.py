@@ -15,7 +15,7 @@ from tiny import SHARED_TOWER, SIDE, free_port, make_inputs, make_shared_model, 
 from torch import multiprocessing, nn
 
 from benchmarks.allocations import measure_memory
-from benchmarks.traffic import count_reduced_bytes
+from benchmarks.reduced_bytes import count_reduced_bytes
 from modules.backbones import FrozenTower
 from modules.recompute import from_first_run, in_second_run, recomputed
 from modules.side4video import Side4Video, SideClassifier
