@@ -3,9 +3,12 @@
 A list whose labels are all -1 gets scores only. A video file that cannot be read has NaN scores and counts as wrong; a
 frame folder that cannot be read ends the run, unless data.on_error=skip.
 
-sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
-                              [--save_scores FILE] [--precision P] [key=value ...]
-python test.py --config CONFIG --weights CHECKPOINT [...]             one device, no launcher
+sh scripts/run_test_vision.sh [CONFIG] CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
+                              [--save_scores FILE] [--precision P] [--accept_changes] [key=value ...]
+python test.py [--config CONFIG] --weights CHECKPOINT [...]           one device, no launcher
+
+Without CONFIG, the configuration in the checkpoint is taken. Where the configuration or the command line would give the
+weights other frames, pixels or tokens than their training did, the test is refused, unless --accept_changes is given.
 """
 
 import argparse
@@ -15,24 +18,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from dotmap import DotMap
 
 from datasets.annotations import UNLABELLED
 from datasets.decoders import describe_decoder
 from datasets.loaders import build_eval_loader, check_shared_memory, naming_lost_workers
 from engine.class_names import class_order
-from engine.configuration import read_config
+from engine.configuration import TRAINED_WITH, changed_since_training, config_of_checkpoint, read_config
 from engine.loops import evaluate
 from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.scores import PartialScores, Scores, save_scores
 from engine.summary import describe_model
-from modules import build_model
-from modules.checkpoint import describe_checkpoint, holds_tower, load_model_state, read_checkpoint
+from modules.checkpoint import describe_checkpoint, read_checkpoint
 from modules.hashing import hash_tensors
+from modules.tower_files import load_whole_model
 from utils.atomic import probe
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed, naming_lost_processes
-from utils.errors import DataError, run_program
+from utils.errors import ConfigError, DataError, run_program
 from utils.logger import setup_logging
 from utils.precision import Precision, resolve_precision
 
@@ -41,7 +45,9 @@ log = logging.getLogger("test")
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test.py", description="Multi-view test of a checkpoint.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see docs/configuration.md")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file, see docs/configuration.md (default: what the checkpoint holds)"
+    )
     parser.add_argument(
         "--weights", required=True, metavar="CHECKPOINT", help="model_best.pt of a run, or a released checkpoint"
     )
@@ -50,6 +56,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dense", action="store_true", help="dense sampling, as data.dense=True")
     parser.add_argument("--save_scores", metavar="FILE.npz", help="write paths, labels, scores and the protocol")
     parser.add_argument("--precision", choices=("amp", "bf16", "fp16", "fp32"), help="instead of solver.precision")
+    parser.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="test even if frames, pixels or tokens are others than in training; log and score file name the changes",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
     if args.test_clips < 1:
@@ -57,13 +68,23 @@ def main(argv: list[str]) -> None:
     overrides = [*args.overrides, *(["data.dense=True"] if args.dense else [])]
     if args.precision:
         overrides.append(f"solver.precision={args.precision}")
-    config = read_config(args.config, overrides, purpose="test")
-
+    config = read_config(args.config, overrides, purpose="test") if args.config else None
     file = Path(args.save_scores) if args.save_scores else None
     if file is not None:
         probe(file)
-    views = (args.test_crops, args.test_clips)
-    result = test(config, args.weights, *views, scores_only=file is not None, partial_file=file)
+    checkpoint = read_checkpoint(args.weights)
+    if config is None:
+        config = config_of_checkpoint(checkpoint, args.weights, overrides)
+    result = test(
+        config,
+        checkpoint,
+        args.weights,
+        args.test_crops,
+        args.test_clips,
+        accept_changes=args.accept_changes,
+        scores_only=file is not None,
+        partial_file=file,
+    )
     if file is not None and get_rank() == 0:
         save_scores(file, result)
         PartialScores.remove_all(file)
@@ -73,47 +94,61 @@ def main(argv: list[str]) -> None:
 
 def test(
     config: DotMap,
+    checkpoint: dict[str, Any],
     weights: str,
     crops: int = 1,
     clips: int = 1,
     *,
+    accept_changes: bool = False,
     scores_only: bool = True,
     partial_file: Path | None = None,
 ) -> Scores:
     """Score every video of `data.val_list` with V = crops x clips views.
 
     Args:
-        config: of `read_config`.
-        weights: file of a checkpoint, ours or a released one.
+        config: of `read_config` or `config_of_checkpoint`.
+        checkpoint: of `read_checkpoint`, ours or a released one.
+        weights: its file.
         crops: 1, 3, 5 or 10 crops of a clip.
         clips: clips of a video.
+        accept_changes: go on with a warning where `config` gives the weights other frames, pixels or tokens than their
+            training did.
         scores_only: accept a list without labels, from which only scores can come.
         partial_file: the file that the scores will go to; beside it, those of an unfinished test are kept, and one that
             was interrupted goes on from them.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit the configuration.
+        CheckpointError: the checkpoint does not fit the configuration.
+        ConfigError: other frames, pixels or tokens than in training, and not accepted.
         DataError: the list or a video cannot be read, or the partial scores are those of another test.
         NonFiniteScoresError: the model gives NaN or infinity.
     """
+    changes = changed_since_training(checkpoint, weights, config)
+    if changes and not accept_changes:
+        raise ConfigError(
+            f"{weights}: {'; '.join(change_lines(changes))}: the weights would get what they were not trained with; "
+            "leave these keys at the checkpoint's values, or add --accept_changes"
+        )
     device = init_distributed(config.solver.timeout_minutes)
     setup_logging()
+    for line in change_lines(changes):
+        log.warning("accepted change since the training of %s: %s", weights, line)
     precision = resolve_precision(config.solver.precision, device)
 
     # Data first: a list without labels is refused before a large model is loaded.
     views = {"rank": get_rank(), "world_size": get_world_size(), "clips": clips, "crops": crops, "unlabelled": True}
+    views["every_video"] = True  # scores of all, whatever data.min_frames
     loader = build_eval_loader(config, **views)
     dataset = loader.dataset
     if dataset.labels[0] == UNLABELLED and not scores_only:
         raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
 
-    checkpoint = read_checkpoint(weights)
     trained_names = checkpoint.get("class_names")
     order = class_order(dataset.class_names, trained_names, weights, config.test.remap_labels)
-    model = build_model(config, load_tower=not holds_tower(checkpoint))
-    load_model_state(model, checkpoint, weights)
+    model = load_whole_model(config, checkpoint, weights)
     log.info(describe_checkpoint(checkpoint, weights))
     protocol = describe_test(config, precision, weights, crops, clips) | {
+        "accepted_changes": changes,
         "model_sha256": hash_tensors(model.trained.state_dict()),
         "list_sha256": hashlib.sha256(Path(config.data.val_list).read_bytes()).hexdigest(),
     }
@@ -136,9 +171,10 @@ def test(
             partial.write()
         raise
     result = Scores(
-        paths=[record.path for record in dataset.records],
+        paths=[record.name for record in dataset.records],
         labels=dataset.labels,
         scores=scores if order is None else scores[:, order],
+        damaged=np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged]),
         class_names=dataset.class_names or trained_names,
         protocol=protocol,
     )
@@ -146,11 +182,17 @@ def test(
     return result
 
 
+def change_lines(changes: dict[str, dict[str, Any]]) -> list[str]:
+    """`changed_since_training` in words."""
+    return [f"{key} was {values['trained']} and is {values['now']} now" for key, values in changes.items()]
+
+
 def describe_test(config: DotMap, precision: Precision, weights: str, crops: int, clips: int) -> dict[str, Any]:
     """What decides the scores beside the weights and the videos."""
     data = config.data
-    keys = ("dataset", "protocol", "num_segments", "index_base", "resize", "input_size", "mean", "std", "dense")
+    keys = [name for section, _, name in (key.rpartition(".") for key in TRAINED_WITH) if section == "data"]
     return {
+        "dataset": data.dataset,
         **{key: data[key] for key in keys},
         "test_crops": crops,
         "test_clips": clips,
@@ -158,6 +200,7 @@ def describe_test(config: DotMap, precision: Precision, weights: str, crops: int
         "checkpoint": str(weights),
         "list": data.val_list,
         "decoder": describe_decoder(data),
+        "on_damage": data.on_damage,
     }
 
 

@@ -164,7 +164,7 @@ def train_in(
                 loss = train_one_epoch(
                     model, train_loader, optimizer, scaler, precision, epoch, config, reporter, first, after_update
                 )
-            report_replaced(train_loader, epoch)
+            report_videos(train_loader, epoch)
             model.broadcast_buffers()
 
             accuracy = None
@@ -189,11 +189,15 @@ def check_batch(config: DotMap, model: Side4Video) -> None:
         )
 
 
-def report_replaced(loader: VideoLoader, epoch: int) -> None:
-    """Log the videos of all processes that could not be read, which `data.on_error: skip` replaced."""
-    if unreadable := dict(sorted(gather(loader.unreadable))):
-        first = "; ".join(list(unreadable.values())[:3])
-        log.info("epoch %d: %d training videos could not be read and were replaced: %s", epoch, len(unreadable), first)
+def report_videos(loader: VideoLoader, epoch: int) -> None:
+    """Log the videos of all processes that `data.on_error: skip` replaced, and the damaged ones."""
+    for videos, what in (
+        (loader.unreadable, "could not be read and were replaced"),
+        (loader.damaged, "are damaged, and what can be decoded of them was used"),
+    ):
+        if met := dict(sorted(gather(videos))):
+            first = "; ".join(list(met.values())[:3])
+            log.info("epoch %d: %d training videos %s: %s", epoch, len(met), what, first)
 
 
 def is_evaluated(epoch: int, config: DotMap) -> bool:

@@ -4,27 +4,33 @@
 
 Both run in turns in one process with one thread, on the same generated files and with the same random draws. Results
 are medians over rounds. The run also checks that the pixels of validation and test are bit-equal and that video files
-give the same frames. Writes benchmarks/results/data_engine.txt, unless `--only` selects the rows whose names contain
-WORDS.
+give the same frames. Two more rows compare packed frames with their folder, and a segment far into a long video file
+with decoding from the start. Writes benchmarks/results/data_engine.txt, unless `--only` selects the rows whose names
+contain WORDS.
 """
 
 import argparse
 import hashlib
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 
 from benchmarks import plain_pipeline, video_material
 from benchmarks.machine import describe_machine
 from datasets.annotations import VideoRecord
+from datasets.decoders import decode_all, pick
 from datasets.flips import SOMETHING_FLIP_PAIRS
+from datasets.frame_archives import open_frames
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.sampling import sample_test, sample_train
 from datasets.transforms import EvalTransform, TrainTransform, normalize_clips, protocol_resize
@@ -43,6 +49,10 @@ VIDEOS = {
     "1280x720, key frame every 250": (1280, 720, 250, 2.0),
 }
 VIDEOS_OF_A_KIND = 3
+PACKED_FRAMES, LONG_FOLDERS, PACKED = 300, "300 frames", "300 frames packed"
+LONG_FRAMES, LONG_VIDEO = 15000, "long.mp4"  # ten minutes
+PACKED_ROW = f"packed frames, {SEGMENTS} of {PACKED_FRAMES}, 340x256"
+SEGMENT_ROW = f"segment near the end of a file of {LONG_FRAMES} frames, 340x256, key frame every 250"
 FLIP_LABELS = dict(SOMETHING_FLIP_PAIRS) | {b: a for a, b in SOMETHING_FLIP_PAIRS}
 
 
@@ -180,6 +190,64 @@ def all_rows(root: Path) -> list[Row]:
     return rows
 
 
+def compare_packed(root: Path, rounds: int = 41) -> str:
+    """Compare opening and reading 8 frames of one video, in a folder and packed; with and without decoding them."""
+    readers = [FrameFolderReader(str(root / kind), IMAGE_TMPL) for kind in (LONG_FOLDERS, PACKED)]
+    record = VideoRecord("0", PACKED_FRAMES, 0, "benchmark")
+    seconds: dict[str, list[list[float]]] = {"files": [], "frames": []}
+    for round_ in range(rounds + 1):
+        indices = sample_train(PACKED_FRAMES, SEGMENTS, "something", np.random.default_rng(round_)).tolist()
+        names = [IMAGE_TMPL.format(index + 1) for index in indices]
+        for column in seconds.values():
+            column.append([])
+        contents, frames = [], []
+        for reader in readers if round_ % 2 else reversed(readers):  # the first one may find a colder cache
+            started = time.perf_counter()
+            with open_frames(f"{reader.root}/0") as opened:
+                contents.append([opened.read(name) for name in names])
+            seconds["files"][-1].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            with reader.open(record) as video:
+                frames.append([frame.copy() for frame in video.read(indices)])
+            seconds["frames"][-1].append(time.perf_counter() - started)
+        if not round_ % 2:
+            for column in seconds.values():
+                column[-1].reverse()
+        assert contents[0] == contents[1] and np.array_equal(frames[0], frames[1]), "other frames"
+    found = []
+    for what, column in seconds.items():
+        folder, packed = (statistics.median(each) * 1e3 for each in zip(*column[1:], strict=True))
+        ratio = statistics.median(a / b for a, b in column[1:])
+        found.append(f"{what}: folder {folder:.3f} ms, packed {packed:.3f} ms, ratio {ratio:.2f}")
+    return f"{PACKED_ROW}: {'; '.join(found)} (to reach 1.0), same frames"
+
+
+def compare_segment(root: Path, rounds: int = 9) -> str:
+    """Compare a training clip of a segment near the end of a long file with decoding the file from its start."""
+    path = str(root / LONG_VIDEO)
+    first, count = LONG_FRAMES - 500, 100
+    record = VideoRecord(LONG_VIDEO, count, 0, "benchmark", first)
+    reader = VideoFileReader(str(root), "pyav")
+    started = time.perf_counter()
+    reader.open(record)
+    scanned = time.perf_counter() - started
+    seconds = []
+    for round_ in range(rounds):
+        indices = sample_train(count, SEGMENTS, "something", np.random.default_rng(round_)).tolist()
+        started = time.perf_counter()
+        whole = pick(decode_all(path), [first + index for index in indices])
+        between = time.perf_counter()
+        ours = reader.open(record).read(indices)
+        seconds.append((between - started, time.perf_counter() - between))
+        assert np.array_equal(whole, ours), "other frames"
+    start, near = (statistics.median(column) for column in zip(*seconds, strict=True))
+    ratio = statistics.median(a / b for a, b in seconds)
+    return (
+        f"{SEGMENT_ROW}: from the start {start * 1e3:.0f} ms, ours {near * 1e3:.1f} ms, ratio {ratio:.0f} (no goal "
+        f"set), same frames; the scan, once for each file and process, takes {scanned * 1e3:.0f} ms"
+    )
+
+
 def compare(row: Row) -> list[str]:
     """Return a line with the medians, over rounds, of both times and of their ratio. A round loads every video once."""
     torch.manual_seed(0)
@@ -234,6 +302,40 @@ def make_material(root: Path) -> None:
                     video_material.write_video(source, video, width, height, keys)
                     target.parent.mkdir(exist_ok=True)
                     source.rename(target)
+        frames = sorted((root / "340x256" / "0").iterdir())
+        if not (target := root / LONG_FOLDERS / "0").exists():
+            (source := Path(unfinished, "frames")).mkdir()
+            for number in range(PACKED_FRAMES):
+                shutil.copyfile(frames[number % len(frames)], source / IMAGE_TMPL.format(number + 1))
+            target.parent.mkdir(exist_ok=True)
+            source.rename(target)
+        if not (target := root / PACKED / "0.zip").exists():
+            with zipfile.ZipFile(source := Path(unfinished, "0.zip"), "w") as archive:  # as prepare_data.py pack does
+                for frame in sorted((root / LONG_FOLDERS / "0").iterdir()):
+                    archive.write(frame, frame.name)
+            target.parent.mkdir(exist_ok=True)
+            source.rename(target)
+        if not (root / LONG_VIDEO).exists():
+            repeat_video(root / "340x256, key frame every 250" / "0.mp4", Path(unfinished, LONG_VIDEO))
+            Path(unfinished, LONG_VIDEO).rename(root / LONG_VIDEO)
+
+
+def repeat_video(source: Path, target: Path) -> None:
+    """Write the packets of a video of FRAMES frames again and again, until there are LONG_FRAMES."""
+    with av.open(str(target), "w") as out:
+        stream = None
+        for turn in range(LONG_FRAMES // video_material.FRAMES):
+            with av.open(str(source)) as container:
+                stream = stream or out.add_stream_from_template(container.streams.video[0])
+                length = container.streams.video[0].duration
+                for packet in container.demux(container.streams.video[0]):
+                    if packet.dts is not None:
+                        packet.pts, packet.dts, packet.stream = (
+                            packet.pts + turn * length,
+                            packet.dts + turn * length,
+                            stream,
+                        )
+                        out.mux(packet)
 
 
 def main(argv: list[str]) -> None:
@@ -257,6 +359,11 @@ def main(argv: list[str]) -> None:
     for row in all_rows(root):
         if arguments.only in row.name:
             lines += compare(row)
+            sys.stdout.write(lines[-1] + "\n")
+            sys.stdout.flush()
+    for name, compare_row in ((PACKED_ROW, compare_packed), (SEGMENT_ROW, compare_segment)):
+        if arguments.only in name:
+            lines.append(compare_row(root))
             sys.stdout.write(lines[-1] + "\n")
             sys.stdout.flush()
     if not arguments.only:

@@ -11,8 +11,10 @@ import numpy as np
 from utils.errors import DataError, quoted
 
 COLUMNS = {"RGB": ("path", "num_frames", "label"), "video": ("path", "label")}
+SEGMENT_COLUMNS = ("path", "first_frame", "num_frames", "label")
 UNLABELLED = -1
 LONGEST_LINE = 65536  # characters
+WHOLE_LINES = "; lines of whole videos need data.segments: False"
 VIDEO_LINES = "; a list of video files ('path label') needs data.modality: video"
 
 
@@ -21,19 +23,26 @@ class VideoRecord:
     """One line of an annotation list.
 
     path: folder or file of the video, relative to the data root; may contain spaces
-    num_frames: number of frame files; None for a video file
+    num_frames: number of frame files, or of frames of the segment; None for a whole video file
     label: zero-based class, or UNLABELLED
     source: "FILE:LINE" of the list, for error messages
+    first_frame: zero-based index of the first frame of a segment; None for a whole video
     """
 
     path: str
     num_frames: int | None
     label: int
     source: str
+    first_frame: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path or, of a segment, `path first_frame num_frames`: unique in a list."""
+        return self.path if self.first_frame is None else f"{self.path} {self.first_frame} {self.num_frames}"
 
 
 def read_annotations(
-    list_path: str, num_classes: int, modality: str = "RGB", unlabelled: bool = False
+    list_path: str, num_classes: int, modality: str = "RGB", unlabelled: bool = False, segments: bool = False
 ) -> list[VideoRecord]:
     """Return the records of a list in file order. Blank lines are skipped.
 
@@ -42,19 +51,20 @@ def read_annotations(
 
     Args:
         unlabelled: accept a list in which every label is -1.
+        segments: a line is `path first_frame num_frames label`, whatever the modality.
 
     Raises:
-        DataError: the file cannot be read or has no lines, a line has too few columns, num_frames is below 1, a label
-            is outside 0..num_classes-1, or some lines have labels and others do not.
+        DataError: the file cannot be read or has no lines, a line has too few columns, num_frames is below 1,
+            first_frame is below 0, a label is outside 0..num_classes-1, or some lines have labels and others do not.
     """
     records = []
     for source, line in numbered_lines(list_path):
         if not line:
             continue
-        records.append(parse_line(source, line, num_classes, modality))
+        records.append(parse_line(source, line, num_classes, modality, segments))
         check_labelled(records[-1], records[0], unlabelled)
     if not records:
-        line = " ".join(COLUMNS[modality])
+        line = " ".join(SEGMENT_COLUMNS if segments else COLUMNS[modality])
         raise DataError(f"{list_path}: the list is empty; write one line '{line}' per video")
     return records
 
@@ -73,29 +83,31 @@ def numbered_lines(path: str) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def split_line(source: str, line: str, modality: str) -> list[str]:
+def split_line(source: str, line: str, modality: str, segments: bool = False) -> list[str]:
     """Split one line into its columns, from the right. Raises DataError if there are too few, or a NUL character."""
-    columns = COLUMNS[modality]
+    columns = SEGMENT_COLUMNS if segments else COLUMNS[modality]
     if "\0" in line:
         raise DataError(f"{source}: the line holds a NUL character; write the list again as UTF-8 text")
     values = line.rsplit(maxsplit=len(columns) - 1)
     if len(values) != len(columns):
-        advice = VIDEO_LINES if modality == "RGB" else ""
+        advice = WHOLE_LINES if segments else VIDEO_LINES if modality == "RGB" else ""
         raise DataError(f"{source}: a line must read '{' '.join(columns)}', got {quoted(line)}{advice}")
     return values
 
 
-def parse_line(source: str, line: str, num_classes: int, modality: str) -> VideoRecord:
+def parse_line(source: str, line: str, num_classes: int, modality: str, segments: bool = False) -> VideoRecord:
     """Return the record of one line. Label -1 is accepted; other mistakes raise DataError as in `read_annotations`."""
-    path, *num_frames, label = split_line(source, line, modality)
+    path, *numbers, label = split_line(source, line, modality, segments)
+    if numbers and os.path.splitext(numbers[0])[1][1:2].isalpha():  # the end of a path with spaces
+        name, lowest, advice = ("first_frame", 0, WHOLE_LINES) if segments else ("num_frames", 1, VIDEO_LINES)
+        raise DataError(f"{source}: {name} must be an integer of at least {lowest}, got {numbers[0]!r}{advice}")
     label_name = f"{source}: label (data.num_classes is {num_classes})"
-    if num_frames and os.path.splitext(num_frames[0])[1][1:2].isalpha():  # the end of a path with spaces
-        raise DataError(f"{source}: num_frames must be an integer of at least 1, got {num_frames[0]!r}{VIDEO_LINES}")
     return VideoRecord(
         path=path,
-        num_frames=_integer(num_frames[0], f"{source}: num_frames", 1, None, line) if num_frames else None,
+        num_frames=_integer(numbers[-1], f"{source}: num_frames", 1, None, line) if numbers else None,
         label=UNLABELLED if label == str(UNLABELLED) else _integer(label, label_name, 0, num_classes - 1, line),
         source=source,
+        first_frame=_integer(numbers[0], f"{source}: first_frame", 0, None, line) if segments else None,
     )
 
 

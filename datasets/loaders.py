@@ -4,14 +4,17 @@ B clips (repeats and views counted), T frames of a clip, H, W pixels, V views of
 """
 
 import itertools
+import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 from dotmap import DotMap
 from torch.utils.data import DataLoader, Sampler
@@ -22,7 +25,12 @@ from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
 from utils.errors import ConfigError, DataError, UserError
-from utils.seeding import epoch_order, shot_rng
+from utils.parallel import usable_cores
+from utils.seeding import shot_rng
+
+MOST_NAMED = 100  # classes in one line of the log
+
+log = logging.getLogger(__name__)
 
 
 class WorkerLostError(UserError):
@@ -33,13 +41,14 @@ class VideoLoader(DataLoader):
     """Yields batches of tensors.
 
     `unreadable` lists the videos that could not be read since the last start of an iteration, each as
-    (index, message of one line). `carried` is added to this list when the next iteration starts: a resumed epoch puts
-    the videos there that could not be read before it was interrupted.
+    (index, message of one line), and `damaged` those of which something could not be decoded. `carried` is what both
+    start with in the next iteration: a resumed epoch puts the videos there that were met before it was interrupted.
     """
 
     dataset: VideoDataset
     unreadable: list[tuple[int, str]]
-    carried: list[tuple[int, str]] = []
+    damaged: list[tuple[int, str]]
+    carried: dict[str, list[tuple[int, str]]] = {}
     stall_seconds: float  # after so long without a batch, the workers are killed and `stalled` is True
     stalled = False
     _arrived = 0  # batches of this iteration
@@ -47,7 +56,8 @@ class VideoLoader(DataLoader):
     clip_bytes: int  # of all clips, or views, of one video
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]  # torch says: a private class
-        self.unreadable, self.carried = list(self.carried), []
+        self.unreadable, self.damaged = (list(self.carried.get(name, [])) for name in ("unreadable", "damaged"))
+        self.carried = {}
         return self._batches()
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -56,6 +66,7 @@ class VideoLoader(DataLoader):
         while (batch := self._next(batches)) is not None:
             self._arrived += 1
             self.unreadable += batch.pop("unreadable")
+            self.damaged += batch.pop("damaged")
             yield batch
 
     def _next(self, batches: Any) -> dict[str, Any] | None:
@@ -92,11 +103,15 @@ class VideoLoader(DataLoader):
                 alive[0].join(0.1)
                 alive = [process for process in alive if process.is_alive()]
 
+    def met(self) -> dict[str, list[tuple[int, str]]]:
+        """What `carried` takes."""
+        return {"unreadable": self.unreadable, "damaged": self.damaged}
+
     def held_videos(self) -> list[str]:
-        """Paths of the videos whose batches the workers are preparing, those of the next batch first."""
+        """Names of the videos whose batches the workers are preparing, those of the next batch first."""
         batches = itertools.islice(self.batch_sampler or (), self._arrived, self._arrived + self.num_workers)
         indices = [key[1] if isinstance(key, tuple) else key for keys in batches for key in keys]
-        return [self.dataset.records[index].path for index in indices]
+        return [self.dataset.records[index].name for index in indices]
 
 
 @contextmanager
@@ -178,17 +193,23 @@ def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> Vi
     data = config.data
     common = _common_parts(config, data.train_root, data.train_list)
     labels = flip_pairs(data.protocol, data.num_classes, common["class_names"]) if data.flip else None
+    names = common["class_names"] or [f"class {label}" for label in range(data.num_classes)]
+    common["records"] = long_enough(
+        common["records"], data.min_frames, data.train_list, common["reader"], data.count_frames
+    )
+    name_absent_classes(common["records"], names, data.train_list)
     if data.shot:
-        names = common["class_names"] or [f"class {label}" for label in range(data.num_classes)]
         common["records"] = few_shot(common["records"], data.shot, names, shot_rng(config.seed))
     dataset = TrainVideoDataset(
         **common,
         skip_unreadable=data.on_error == "skip",
+        refuse_damaged=data.on_damage == "error",
         transform=TrainTransform(data.protocol, data.input_size, data.resize, labels, data.rand_aug),
         dense=data.dense,
         seed=config.seed,
         random_shift=data.random_shift,
         num_sample=data.num_sample,
+        balance=data.balance,
     )
     accumulation = config.solver.grad_accumulation_steps
     steps = len(dataset) // (data.batch_size * world_size * accumulation)
@@ -197,7 +218,7 @@ def build_train_loader(config: DotMap, rank: int = 0, world_size: int = 1) -> Vi
             f"{data.train_list}: {len(dataset)} videos do not fill one step of data.batch_size {data.batch_size} x "
             f"{world_size} processes x solver.grad_accumulation_steps {accumulation}; lower data.batch_size"
         )
-    sampler = EpochSampler(len(dataset), steps * accumulation * data.batch_size, config.seed, rank, world_size)
+    sampler = EpochSampler(dataset.order, steps * accumulation * data.batch_size, rank, world_size, data.balance)
     return _loader(config, dataset, sampler, data.batch_size, data.num_sample)
 
 
@@ -210,6 +231,7 @@ def build_eval_loader(
     dense: bool | None = None,
     unlabelled: bool = False,
     done: Collection[int] = (),
+    every_video: bool = False,
 ) -> VideoLoader:
     """Return a loader of this process's share of `data.val_list`, in list order, with V = crops * clips views each.
 
@@ -225,15 +247,17 @@ def build_eval_loader(
         dense: whether sampling is dense; None takes `data.dense`.
         unlabelled: accept a list in which every label is -1.
         done: indices of videos that are left out.
+        every_video: a test takes every video of the list; validation leaves out those below `data.min_frames`.
 
     Raises:
         DataError: the lists cannot be used.
     """
     data = config.data
     common = _common_parts(config, data.val_root, data.val_list, unlabelled)
+    least = 1 if every_video else data.min_frames
     return build_record_loader(
         config,
-        common["records"],
+        long_enough(common["records"], least, data.val_list, common["reader"], data.count_frames),
         common["reader"],
         rank,
         world_size,
@@ -274,6 +298,7 @@ def build_record_loader(
         protocol=data.protocol,
         num_segments=data.num_segments,
         skip_unreadable=skip_unreadable,
+        refuse_damaged=data.on_damage == "error",
         transform=EvalTransform(data.input_size, data.resize, crops),
         dense=data.dense if dense is None else dense,
         num_clips=clips,
@@ -283,18 +308,68 @@ def build_record_loader(
     return _loader(config, dataset, own, videos, clips * crops)
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields (epoch, index) for `share` videos of this process, in an order that depends on (seed, epoch) only.
+def long_enough(
+    records: list[VideoRecord], min_frames: int, list_path: str, reader: Reader, count_frames: bool
+) -> list[VideoRecord]:
+    """Return the records of at least `min_frames` frames, in their order, and log how many are left out.
 
-    The key contains the epoch because persistent workers keep their copy of the data set from epoch to epoch.
+    The number of frames is the one that clips are drawn from: that of the list or, with `count_frames` and for video
+    files, that of the reader, for which every video is opened once. A video that cannot be opened stays, so that it is
+    reported where it is read.
+
+    Raises:
+        DataError: no video is long enough.
+    """
+    if min_frames <= 1:
+        return records
+
+    def is_long_enough(record: VideoRecord) -> bool:
+        if record.num_frames is not None and not count_frames:
+            return record.num_frames >= min_frames
+        try:
+            with reader.open(record) as video:
+                return video.num_frames >= min_frames
+        except DataError:
+            return True
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        every = pool.map if count_frames or records[0].num_frames is None else map
+        kept = [record for record, keep in zip(records, every(is_long_enough, records), strict=True) if keep]
+    if not kept:
+        raise DataError(f"{list_path}: none of its {len(records)} videos has data.min_frames {min_frames}; lower it")
+    if left_out := len(records) - len(kept):
+        of = f"{left_out} of {len(records)} videos"
+        log.info("%s: %s left out, which have fewer frames than data.min_frames %d", list_path, of, min_frames)
+    return kept
+
+
+def name_absent_classes(records: list[VideoRecord], names: list[str], list_path: str) -> None:
+    """Log a warning that names the classes without a video."""
+    present = {record.label for record in records}
+    if absent := [name for label, name in enumerate(names) if label not in present]:
+        more = f", and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else ""
+        shown = ", ".join(absent[:MOST_NAMED]) + more
+        log.warning("%s: %d of %d classes have no training video: %s", list_path, len(absent), len(names), shown)
+
+
+class EpochSampler(Sampler[tuple[int, ...]]):
+    """Yields (epoch, index) for `share` videos of this process, in an order that depends on the epoch only.
+
+    The key contains the epoch because persistent workers keep their copy of the data set from epoch to epoch. With
+    `places`, it also contains the place in the order: (epoch, index, place).
+
+    Args:
+        order: maps an epoch to the indices of its videos, int64 (videos,), the same on every process.
     """
 
-    def __init__(self, num_videos: int, share: int, seed: int, rank: int, world_size: int):
-        self.num_videos = num_videos
+    def __init__(
+        self, order: Callable[[int], np.ndarray], share: int, rank: int, world_size: int, places: bool = False
+    ):
+        self.order = order
         self.share = share
-        self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.places = places
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -304,22 +379,25 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self.share
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = epoch_order(self.seed, self.epoch, self.num_videos)
-        for index in order[self.rank :: self.world_size][self.start : self.share].tolist():
-            yield self.epoch, index
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        order = self.order(self.epoch).tolist()
+        for place in range(self.rank, len(order), self.world_size)[self.start : self.share]:
+            yield (self.epoch, order[place], place) if self.places else (self.epoch, order[place])
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Concatenate the tensors of samples along the first axis, and their lists of unreadable videos."""
-    unreadable = [video for sample in samples for video in sample.pop("unreadable")]
-    return {**{name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}, "unreadable": unreadable}
+    """Concatenate the tensors of samples along the first axis, and their lists."""
+    batch: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        batch[name] = [video for value in values for video in value] if isinstance(first, list) else torch.cat(values)
+    return batch
 
 
 def _common_parts(config: DotMap, root: str, list_path: str, unlabelled: bool = False) -> dict[str, Any]:
     data = config.data
     return {
-        "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled),
+        "records": read_annotations(list_path, data.num_classes, data.modality, unlabelled, data.segments),
         "class_names": read_class_names(data.label_list, data.num_classes) if data.label_list else None,
         "reader": _reader(data, root),
         "protocol": data.protocol,

@@ -14,11 +14,36 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from datasets.rand_augment import draw_operations, grayscale, rand_augment
+from datasets.rand_augment import Operation, draw_operations, grayscale, rand_augment
 from datasets.resample import Resample, Table, bicubic, bilinear, resized_twice
 
 # Protocol -> probability that a training clip is converted to grayscale.
 GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
+
+
+@dataclass(frozen=True)
+class ClipDraws:
+    """What was drawn for a training clip.
+
+    operations: of RandAugment, each timm's name and its arguments; applied before the resize
+    size: (width, height) of the resized frame
+    crop: tables of the crop from the resized frame, for rows and columns
+    flip, gray: whether the clip is mirrored, or grey
+    """
+
+    operations: tuple[Operation, ...]
+    size: tuple[int, int]
+    crop: tuple[Table, Table]
+    flip: bool
+    gray: bool
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The crop as (left, upper, right, lower) in pixels of the resized frame."""
+        (left, right), (upper, lower) = (
+            (int(table.first[0]), int(table.first[-1] + np.count_nonzero(table.weights[-1]))) for table in self.crop
+        )
+        return left, upper, right, lower
 
 
 @dataclass(frozen=True)
@@ -40,28 +65,31 @@ class TrainTransform:
 
     def __call__(self, frames: Sequence[np.ndarray], label: int, rng: np.random.Generator, clip: torch.Tensor) -> int:
         """Write the augmented frames to `clip`, uint8 (T, 3, H, W), and return its label."""
-        operations = draw_operations(int(rng.integers(2**32))) if self.rand_aug else ()
-        size = resize_size(*_size(frames[0]), self.resize)
-        crop = draw_crop(*size, self.input_size, rng)
-        flip = (
-            rng.random() < 0.5 and self.flip_labels is not None
-        )  # drawn in any case, so that later draws are the same
-        gray = rng.random() < GRAY_SHARE[self.protocol]
+        draws = self.draw(*_size(frames[0]), rng)
 
         @functools.cache  # the frames of a video rarely differ in size
         def resample_from(width: int, height: int) -> Resample:
             across, down = (
                 resized_twice(bicubic(old, new), cropped)
-                for old, new, cropped in zip((width, height), size, crop, strict=True)
+                for old, new, cropped in zip((width, height), draws.size, draws.crop, strict=True)
             )
-            return Resample(across.mirrored() if flip else across, down)
+            return Resample(across.mirrored() if draws.flip else across, down)
 
         for frame, pixels in zip(frames, clip.numpy(), strict=True):
-            frame, levels = rand_augment(frame, operations)
+            frame, levels = rand_augment(frame, draws.operations)
             resample_from(*_size(frame))(frame, pixels, levels)
-        if gray:
+        if draws.gray:
             grayscale(clip.numpy())
-        return self.flip_labels.get(label, label) if flip and self.flip_labels else label
+        return self.flip_labels.get(label, label) if draws.flip and self.flip_labels else label
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> ClipDraws:
+        """Make all draws for a clip whose first frame has this size."""
+        operations = draw_operations(int(rng.integers(2**32))) if self.rand_aug else ()
+        size = resize_size(width, height, self.resize)
+        crop = draw_crop(*size, self.input_size, rng)
+        flip = rng.random() < 0.5  # drawn in any case, so that later draws are the same
+        gray = rng.random() < GRAY_SHARE[self.protocol]
+        return ClipDraws(operations, size, crop, flip and self.flip_labels is not None, gray)
 
 
 @dataclass(frozen=True)

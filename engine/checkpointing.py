@@ -104,7 +104,7 @@ class Saver:
             folder: that of the run.
             state: makes the checkpoint of (epochs finished, iterations done of the next one, reports by process).
             reporter: whose sums go into a checkpoint inside an epoch.
-            loader: of the training, whose list of unreadable videos goes there too.
+            loader: of the training, whose lists of unreadable and damaged videos go there too.
         """
         minutes = config.logging.save_minutes
         self._folder, self._seconds = folder, None if minutes is None else 60 * minutes
@@ -139,7 +139,7 @@ class Saver:
 
     def save(self, epoch: int, step: int = 0, is_best: bool = False) -> None:
         """Write a checkpoint in the background. All processes must call it together."""
-        reports = [{**self._reporter.state_dict(), "unreadable": self._loader.unreadable}] if step else []
+        reports = [{**self._reporter.state_dict(), **self._loader.met()}] if step else []
         reports = gather(reports)
         if get_rank() == 0:
             self._writer.write(self._state(epoch, step, reports), is_best)

@@ -1,4 +1,4 @@
-"""The resolved configuration: values that a file leaves open are derived once, right after loading."""
+"""The resolved configuration of a file or of a checkpoint: open values are derived once, right after loading."""
 
 import copy
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from dotmap import DotMap
 from datasets.sampling import protocol_of
 from datasets.transforms import protocol_resize
 from modules.backbones import find_architecture, stated_pixels
+from modules.checkpoint import is_released
 from utils.config import Purpose, config_from_dict, load_config, resize_problem
+from utils.config_schema import FIELDS, SECTIONS
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
 
@@ -30,6 +32,10 @@ DERIVED_KEYS = (
 
 VARIANT_LAYERS = {"pre": "all", "post": "every2"}  # tower blocks that each variant reads by default
 
+# Keys that decide what trained weights get of a video: another value in a test is noticed by nothing else.
+TRAINED_WITH = [key for key, field in FIELDS.items() if field.trained_with]
+FOLDER_KEYS = ("data.index_base", "data.count_frames")  # these mean nothing for video files
+
 # Values for the keys that the schema requires: a tower of two blocks with random weights, and five classes.
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"dataset": "small", "batch_size": 4, "num_classes": 5, "input_size": 32, "num_segments": 2, "workers": 0},
@@ -46,6 +52,78 @@ SMALL: dict[str, dict[str, Any]] = {
 def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
     """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`."""
     return resolve_config(load_config(path, overrides, purpose))
+
+
+def config_of_checkpoint(
+    checkpoint: dict[str, Any],
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    purpose: Purpose = "test",
+    device: torch.device | None = None,
+) -> DotMap:
+    """The resolved configuration that a checkpoint holds.
+
+    The type of the tower, `network.backbone_dtype`, follows anew from precision and device unless `overrides` set it:
+    the training may have run on another device.
+
+    Args:
+        checkpoint: of `read_checkpoint`.
+        source: its file, for errors.
+        overrides, purpose: as of `load_config`.
+        device: as of `resolve_config`.
+
+    Raises:
+        ConfigError: the checkpoint holds no configuration, or as from `load_config` and `resolve_config`.
+    """
+    if not checkpoint.get("config"):
+        kind = "a released checkpoint" if is_released(checkpoint) else "it"
+        beside = Path(source).parent / "config.yaml"
+        found = f", such as {beside}" if beside.is_file() else ""
+        raise ConfigError(f"{source}: {kind} holds no configuration; name its YAML file by config (--config){found}")
+    plain = copy.deepcopy(checkpoint["config"])
+    plain.get("network", {})["backbone_dtype"] = "auto"
+    return resolve_config(config_from_dict(plain, str(source), purpose, overrides), device)
+
+
+def changed_since_training(checkpoint: dict[str, Any], source: str | Path, config: DotMap) -> dict[str, dict[str, Any]]:
+    """The keys in TRAINED_WITH whose values differ from those of the training.
+
+    Args:
+        checkpoint: of `read_checkpoint`. One without a configuration gives {}: nothing is known of its training.
+        source: its file, for errors.
+        config: resolved.
+
+    Returns:
+        key -> {"trained": value of the checkpoint, "now": value of `config`}, in the order of the schema.
+
+    Raises:
+        ConfigError: the configuration in the checkpoint is not valid.
+    """
+    if not checkpoint.get("config"):
+        return {}
+    known = {}  # without keys that no longer exist, which are of no meaning here
+    for name, value in checkpoint["config"].items():
+        if name in SECTIONS and isinstance(value, dict):
+            known[name] = {key: item for key, item in value.items() if f"{name}.{key}" in FIELDS}
+    trained = resolve_config(config_from_dict(known, str(source), "model"))
+    both_folders = trained.data.modality == config.data.modality == "RGB"
+    changes = {}
+    for key in TRAINED_WITH:
+        if both_folders or key not in FOLDER_KEYS:
+            section, _, name = key.rpartition(".")
+            old, new = (_plain(settings[section][name]) for settings in (trained, config))
+            if _meaning(key, old) != _meaning(key, new):
+                changes[key] = {"trained": old, "now": new}
+    return changes
+
+
+def _plain(value: Any) -> Any:
+    return value.toDict() if isinstance(value, DotMap) else value
+
+
+def _meaning(key: str, value: Any) -> Any:
+    """Two names of one timm model, or of its weights, mean the same tower; the hash of its tensors decides the rest."""
+    return find_architecture(value).timm_name.partition(".")[0] if key == "network.arch" else value
 
 
 def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap:

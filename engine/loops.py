@@ -16,6 +16,7 @@ from datasets.batch_augment import BatchAugment
 from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
 from datasets.video_dataset import VideoDataset
+from engine.class_weights import class_weights, weighted_targets
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
 from engine.scores import PartialScores
@@ -47,6 +48,9 @@ def train_one_epoch(
 ) -> float:
     """Train for one epoch and return the mean loss over its last reported stretch.
 
+    The loss is the cross entropy with the targets of `training_input`, each class weighted by `solver.class_weights`
+    as `weighted_targets` says, and the mean over the clips of a batch.
+
     Every random draw of an iteration is a function of (seed, epoch, iteration, process), so an epoch that goes on in
     its middle draws what an unbroken one draws.
 
@@ -61,14 +65,13 @@ def train_one_epoch(
         NonFiniteLossError: at the next report after the step that it names.
     """
     data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
-    mean, std = tuple(data.mean), tuple(data.std)
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
+    weights = class_weights(config, loader, precision.device)
     reporter = reporter or Reporter(config, precision.device)
     reporter.start_epoch(epoch, len(loader), start)
     model.train()
     batches = iter(loader)
     for iteration in range(start, len(loader)):
-        seed_everything(config.seed, epoch, iteration, get_rank())
         with reporter.phase("data"):
             batch = next(batches)
         with reporter.phase("copy"):
@@ -76,8 +79,9 @@ def train_one_epoch(
             labels = batch["labels"].to(precision.device, non_blocking=True)
         with reporter.phase("compute"):
             set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
-            clips = normalize_clips(clips, mean, std)
-            clips, targets = augment(clips, labels, config.seed, epoch, iteration, get_rank())
+            clips, targets = training_input(clips, labels, augment, config, epoch, iteration)
+            if weights is not None:
+                targets = weighted_targets(targets, weights, solver.smoothing)
             update = (iteration + 1) % accumulation == 0
             with nullcontext() if update else model.no_sync():
                 with precision.autocast():
@@ -95,6 +99,26 @@ def train_one_epoch(
         if update:
             after_update(iteration + 1)
     return reporter.mean_loss
+
+
+def training_input(
+    clips: Tensor, labels: Tensor, augment: BatchAugment, config: DotMap, epoch: int, iteration: int
+) -> tuple[Tensor, Tensor]:
+    """What enters the model in one iteration of training: normalised, erased and mixed.
+
+    Seeds the global generators, also for what the model draws.
+
+    Args:
+        clips: uint8 (B, T, 3, H, W), as the loader gives them.
+        labels: int64 (B,).
+
+    Returns:
+        clips: float32 (B, T, 3, H, W).
+        targets: float32 (B, K), label-smoothed class probabilities.
+    """
+    seed_everything(config.seed, epoch, iteration, get_rank())
+    clips = normalize_clips(clips, tuple(config.data.mean), tuple(config.data.std))
+    return augment(clips, labels, config.seed, epoch, iteration, get_rank())
 
 
 @torch.no_grad()
@@ -117,7 +141,8 @@ def evaluate(
 
     Returns:
         float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
-        the log.
+        the log. Damaged videos have a line in the log too. Afterwards, `loader.unreadable` and `loader.damaged` hold
+        the videos of all processes.
 
     Raises:
         DataError: no video at all could be read.
@@ -136,7 +161,7 @@ def evaluate(
             scores[indices] = view_scores(logits)
             counted[indices] += 1
             if partial:
-                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy())
+                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged))
             progress.update(len(indices))
             report_progress(f"evaluation, {progress.n} videos done")
 
@@ -146,13 +171,19 @@ def evaluate(
     all_reduce(scores)
     if not all_reduce(counted).eq(1).all():
         raise RuntimeError("a video was not counted exactly once; the evaluation loader is at fault")
-    unreadable = sorted(gather(loader.unreadable))
+    loader.unreadable = unreadable = sorted(gather(loader.unreadable))
+    done_before = list(partial.damaged.items()) if partial else []
+    loader.damaged = sorted({*map(tuple, gather(loader.damaged)), *done_before})
     refuse_non_finite(scores, {index for index, _ in unreadable}, loader.dataset)
     if len(unreadable) == num_videos:
         raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")
     verdict = "no scores" if loader.dataset.labels[0] == UNLABELLED else "no scores, counted wrong"
     for _, reason in unreadable:
         log.info("%s: %s", verdict, reason)
+    if number := len(loader.damaged):
+        log.info("%d of %d videos are damaged, and what can be decoded of them is scored", number, num_videos)
+    for _, reason in loader.damaged:
+        log.info("scored in part: %s", reason)
     return scores.cpu().numpy()
 
 
@@ -162,7 +193,7 @@ def refuse_non_finite(scores: Tensor, unreadable: set[int], dataset: VideoDatase
     if bad:
         raise NonFiniteScoresError(
             f"the scores of {len(bad)} of {len(scores) - len(unreadable)} readable videos are not finite, the first: "
-            f"{dataset.records[bad[0]].path}; the weights are, or solver.precision is too coarse for them: try an "
+            f"{dataset.records[bad[0]].name}; the weights are, or solver.precision is too coarse for them: try an "
             "earlier checkpoint, or solver.precision=fp32"
         )
 

@@ -25,6 +25,7 @@ class Scores:
     paths: as the list names them
     labels: int64 (videos,), all UNLABELLED for a list without labels
     scores: float32 (videos, K), mean over views of softmax(logits); NaN for a video that could not be read
+    damaged: bool (videos,), videos of which a part could not be decoded
     class_names: of the K columns, None if unknown
     protocol: what decides the scores beside the weights: data set, frames, crops, clips, pixels, precision, decoder
     """
@@ -32,6 +33,7 @@ class Scores:
     paths: list[str]
     labels: np.ndarray
     scores: np.ndarray
+    damaged: np.ndarray
     class_names: list[str] | None
     protocol: dict[str, Any]
 
@@ -43,8 +45,8 @@ class Scores:
 class PartialScores:
     """Scores of a test that is not finished, in files beside the one that it will write.
 
-    Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K)
-    and the protocol. A test with the same protocol goes on from all of them.
+    Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K),
+    `damaged` (JSON: index -> what is damaged) and the protocol. A test with the same protocol goes on from all of them.
     """
 
     def __init__(self, path: Path, protocol: dict[str, Any]):
@@ -60,12 +62,15 @@ class PartialScores:
         self._own: dict[int, np.ndarray] = {}
         self._written = time.monotonic()
         self.done: dict[int, np.ndarray] = {}
+        self.damaged: dict[int, str] = {}  # among `done`
+        self._own_damaged: dict[int, str] = {}
         for file in _partial_files(path):
             self._read(file)
 
-    def add(self, indices: list[int], scores: np.ndarray) -> None:
-        """Scores (videos, K) of some videos; written to the disk once a minute."""
+    def add(self, indices: list[int], scores: np.ndarray, damaged: dict[int, str]) -> None:
+        """Scores (videos, K) of some videos, and the damage met so far; written to the disk once a minute."""
         self._own |= dict(zip(indices, scores, strict=True))
+        self._own_damaged |= damaged
         if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
             self.write()
 
@@ -74,10 +79,14 @@ class PartialScores:
         if self._own:
             indices, scores = np.array(list(self._own), np.int64), np.stack(list(self._own.values()))
             name = self._path.with_name(f"{self._path.name}.partial-{get_rank()}-{os.getpid()}.npz")
+            content: dict[str, Any] = {
+                "indices": indices,
+                "scores": scores,
+                "damaged": json.dumps(self._own_damaged),
+                "protocol": self._protocol,
+            }
             with writing(name):
-                write_atomically(
-                    name, lambda file: np.savez(file, indices=indices, scores=scores, protocol=self._protocol)
-                )
+                write_atomically(name, lambda file: np.savez(file, **content))
         self._written = time.monotonic()
 
     @staticmethod
@@ -90,6 +99,7 @@ class PartialScores:
         try:
             with np.load(file) as content:
                 protocol, indices, scores = (content[name] for name in ("protocol", "indices", "scores"))
+                damaged = {int(index): what for index, what in json.loads(str(content["damaged"])).items()}
         except Exception as error:  # NumPy and zipfile raise many kinds
             raise DataError(f"{file}: cannot be read ({error}); remove it, and its videos are scored again") from error
         if str(protocol) != self._protocol:
@@ -100,6 +110,7 @@ class PartialScores:
                 "file"
             )
         self.done |= dict(zip(indices.tolist(), scores, strict=True))
+        self.damaged |= damaged
 
 
 def _partial_files(path: Path) -> list[Path]:
@@ -107,7 +118,7 @@ def _partial_files(path: Path) -> list[Path]:
 
 
 def save_scores(path: Path, result: Scores) -> None:
-    """Write an npz atomically: `paths`, `labels`, `scores`, `protocol` (JSON), and `class_names` if they are known.
+    """Write an npz atomically: `paths`, `labels`, `scores`, `damaged`, `protocol` (JSON), and `class_names` if known.
 
     Raises:
         DataError: the file cannot be written.
@@ -116,6 +127,7 @@ def save_scores(path: Path, result: Scores) -> None:
         "paths": np.array(result.paths, dtype=str),
         "labels": np.asarray(result.labels, dtype=np.int64),
         "scores": np.asarray(result.scores, dtype=np.float32),
+        "damaged": np.asarray(result.damaged, dtype=bool),
         "protocol": np.array(json.dumps(result.protocol)),
     }
     if result.class_names:

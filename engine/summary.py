@@ -13,6 +13,7 @@ from datasets.decoders import describe_decoder
 from datasets.flips import describe_flips
 from datasets.loaders import VideoLoader
 from datasets.video_dataset import TrainVideoDataset
+from engine.class_weights import describe_balance
 from modules.side4video import Side4Video
 from utils.distributed import get_world_size
 from utils.precision import Precision
@@ -39,6 +40,7 @@ def describe_run(
         f"{len(val_loader.dataset)} validation videos, {data.num_classes} classes, {data.num_segments} frames "
         f"of {data.input_size} pixels{', dense' if data.dense else ''}",
         describe_flips(dataset.transform.flip_labels, dataset.class_names),
+        *describe_balance(config, dataset),
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
         f"and solver.lr {solver.lr:g} is not rescaled",

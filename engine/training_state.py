@@ -18,6 +18,7 @@ from engine.configuration import DERIVED_KEYS
 from engine.reporter import Reporter
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
+from utils.config_schema import FIELDS
 from utils.distributed import get_rank, get_world_size
 from utils.errors import CheckpointError, ConfigError
 
@@ -27,7 +28,7 @@ NEUTRAL_KEYS = {
     *("resume", "pretrain", "solver.epochs", "solver.start_epoch", "solver.evaluate"),
     *("data.workers", "data.prefetch", "data.train_root", "data.train_list", "data.val_root", "data.val_list"),
     *("data.num_classes", "data.label_list"),  # the checkpoint's head and names are compared with these
-    *("data.image_tmpl", "data.index_base", "data.on_error", "network.weights"),
+    *("data.image_tmpl", "data.index_base", "data.on_error", "data.on_damage", "network.weights"),
     *("solver.timeout_minutes", "network.shard_backbone", "test.view_batch", "test.remap_labels"),
     *("logging.print_freq", "logging.eval_freq", "logging.skip_epoch", "logging.save_minutes", "logging.keep"),
 }
@@ -37,6 +38,7 @@ EMPTY_REPORT: dict[str, Any] = {
     "first_bad": math.inf,
     "mean_loss": math.nan,
     "unreadable": [],
+    "damaged": [],
 }
 
 log = logging.getLogger(__name__)
@@ -180,7 +182,7 @@ def restore_training(
         else:  # the sums of all processes are added at the next report, so process 0 may hold them all
             own = merged(states) if get_rank() == 0 else EMPTY_REPORT
         reporter.load_state_dict(own)
-        loader.carried = [tuple(video) for video in own["unreadable"]]
+        loader.carried = {name: [tuple(video) for video in own.get(name, [])] for name in ("unreadable", "damaged")}
     log.info(
         "resume: %s: epoch %d, step %d, best top-1 so far %s",
         source,
@@ -206,19 +208,22 @@ def refuse_other_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer,
 def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
     """The sums of several processes in one."""
     sums = [sum(column) for column in zip(*(state["loss_sum"] for state in states), strict=True)]
-    unreadable = [video for state in states for video in state["unreadable"]]
+    videos = {name: [v for state in states for v in state.get(name, [])] for name in ("unreadable", "damaged")}
     first_bad = min(state["first_bad"] for state in states)
-    return {**states[0], "loss_sum": sums, "first_bad": first_bad, "unreadable": unreadable}
+    return {**states[0], "loss_sum": sums, "first_bad": first_bad, **videos}
 
 
 def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) for each difference of two configurations as plain dictionaries.
 
-    Derived values that older checkpoints left open (None, or `auto`) do not count.
+    Derived values that older checkpoints left open (None, or `auto`) do not count. A key that is younger than the
+    checkpoint had its default.
     """
     found = []
     for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
+        name = prefix + key
+        default = FIELDS[name].default if name in FIELDS else None
+        a, b = old.get(key, default), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changed_values(a, b, f"{name}.")
         elif a != b and name not in ("resume", "pretrain") and not (name in DERIVED_KEYS and a in (None, "auto")):

@@ -1,6 +1,6 @@
 """A video with the classes that a model sees in it drawn on its frames."""
 
-import os
+import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,14 +11,13 @@ from dotmap import DotMap
 from PIL import Image, ImageDraw, ImageFont
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import upright_frames
-from inference.inputs import PathReader
+from datasets.decoders import open_container, upright_frames
+from inference.inputs import folder_frames, is_video_file
 from utils.atomic import write_atomically
 from utils.errors import DataError
 
 FOLDER_RATE = Fraction(25)  # frames a second of a folder, which says nothing about time
 SMALLEST = 240  # pixels of the shorter side: smaller frames are enlarged, so that text can be read
-FRAMES_AT_ONCE = 64
 
 
 def write_overlay(path: Path, record: VideoRecord, data: DotMap, top: list[tuple[str, float]]) -> None:
@@ -76,18 +75,17 @@ def draw_classes(frame: np.ndarray, top: list[tuple[str, float]]) -> Image.Image
 
 def all_frames(record: VideoRecord, data: DotMap) -> Iterator[np.ndarray]:
     """Every frame of a video, uint8 (H, W, 3), in bounded memory."""
-    if not os.path.isdir(record.path):
-        yield from upright_frames(record.path)
+    if is_video_file(record.path):
+        first, count = record.first_frame, record.num_frames
+        end = None if first is None or count is None else first + count
+        yield from itertools.islice(upright_frames(record.path), first, end)
         return
-    reader = PathReader(data)
-    num_frames = reader.open(record).num_frames
-    for start in range(0, num_frames, FRAMES_AT_ONCE):
-        yield from reader.open(record).read(range(start, min(start + FRAMES_AT_ONCE, num_frames)))
+    yield from folder_frames(record, data)
 
 
 def frame_rate(path: str) -> Fraction:
     """Frames a second: the mean that a video file states, or FOLDER_RATE."""
-    if os.path.isdir(path):
+    if not is_video_file(path):
         return FOLDER_RATE
-    with av.open(path) as container:
+    with open_container(path) as container:
         return container.streams.best("video").average_rate or FOLDER_RATE

@@ -1,6 +1,5 @@
 """A checkpoint that answers: which class a video shows, scores, and features."""
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,19 @@ from torch import Tensor
 from datasets.annotations import VideoRecord, read_class_names
 from datasets.loaders import build_record_loader
 from datasets.sampling import sample_test
-from engine.configuration import resolve_config
+from engine.configuration import config_of_checkpoint, resolve_config
 from engine.loops import view_outputs, view_scores
 from inference.inputs import PathReader, given_videos
+from inference.stream import Source, WindowStream
 from modules.checkpoint import read_checkpoint
 from modules.side4video import Side4Video
 from modules.tower_files import load_whole_model
-from utils.config import config_from_dict, load_config
+from utils.config import load_config
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.precision import Precision, resolve_precision
 
 CROPS = (1, 3, 5, 10)
-BEST, CONFIG = "model_best.pt", "config.yaml"
+BEST = "model_best.pt"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Recognizer:
         """float32 (videos, K), the mean over V = crops x clips views of softmax(logits): what test.py writes.
 
         Args:
-            paths: video files and folders of frames, one video each.
+            paths: video files, folders of frames and zip files of frames, one video each.
             crops: 1, 3, 5 or 10 crops of a clip.
             clips: clips of a video.
 
@@ -135,9 +135,9 @@ class Recognizer:
         """The scores of each record, in order, as they are computed; a video that cannot be read stops nothing."""
         for record, num_frames, scores, error in self.outputs(records, self.model, view_scores, crops, clips):
             if scores is None:
-                yield VideoScores(record.path, None, None, 0, error)
+                yield VideoScores(record.name, None, None, 0, error)
             else:
-                yield VideoScores(record.path, num_frames, scores.cpu().numpy(), crops * clips)
+                yield VideoScores(record.name, num_frames, scores.cpu().numpy(), crops * clips)
 
     def features(
         self, path: str | Path, tokens: bool = False, crops: int = 1, clips: int = 1
@@ -159,6 +159,14 @@ class Recognizer:
         if features is None:
             raise DataError(str(error))
         return features.cpu().numpy()
+
+    def stream(self, source: Source, window: float, stride: float | None = None, **options: Any) -> WindowStream:
+        """An iterator over windows (start, end, scores) of a long video, a live stream or frames.
+
+        Each frame goes through the tower once, however many windows it belongs to. Arguments, options and errors are
+        those of `inference.stream.WindowStream`.
+        """
+        return WindowStream(self.model, self.precision, self.config, source, window, stride, **options)
 
     def clip_features(self, clips: Tensor) -> Tensor:
         """Normalised clips (B, T, 3, H, W) -> what the head reads of each, (B, S)."""
@@ -286,23 +294,15 @@ def read_settings(
     workers: int,
 ) -> DotMap:
     """The resolved configuration that a checkpoint answers by; arguments and errors of `Recognizer.load`."""
-    own = checkpoint.get("config")
-    if own is not None and config is not None:
+    machine = [f"data.workers={workers}", f"solver.precision={precision}", "solver.compile=False"]
+    overrides = [*machine, "network.shard_backbone=False", *overrides]
+    if config is None:
+        return config_of_checkpoint(checkpoint, path, overrides, "model", device)
+    if checkpoint.get("config"):
         raise ConfigError(
             f"{config}: not needed, {path} holds its own configuration; leave it out, and change keys by overrides"
         )
-    if own is None and config is None:
-        beside = path.parent / CONFIG
-        found = f", such as {beside}" if beside.is_file() else ""
-        raise ConfigError(f"{path}: a released checkpoint holds no configuration; name its YAML file by config{found}")
-    plain = copy.deepcopy(own) if own is not None else load_config(str(config), purpose="model").toDict()
-    plain["data"]["workers"] = workers
-    plain["solver"] |= {"precision": precision, "compile": False}
-    plain["network"]["shard_backbone"] = False
-    if own is not None:  # resolved on the machine of the training, which may have had another device
-        plain["network"]["backbone_dtype"] = "auto"
-    source = str(path if own is not None else config)
-    return resolve_config(config_from_dict(plain, source, "model", overrides), device)
+    return resolve_config(load_config(str(config), overrides, "model"), device)
 
 
 def class_names_of(checkpoint: dict[str, Any], config: DotMap) -> list[str]:
@@ -314,6 +314,6 @@ def class_names_of(checkpoint: dict[str, Any], config: DotMap) -> list[str]:
     data = config.data
     if names := checkpoint.get("class_names"):
         return list(names)
-    if checkpoint.get("config") is None and data.label_list:
+    if not checkpoint.get("config") and data.label_list:
         return read_class_names(data.label_list, data.num_classes)
     return [f"class {label}" for label in range(data.num_classes)]

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from modules.side_network import NormPlacement
 from utils.errors import ConfigError
+from utils.published_weights import BAAI, OPENAI
 
 TIMM_PREFIX = "timm/"
 
@@ -45,8 +46,6 @@ class Architecture:
     side_variant: NormPlacement = "pre"
 
 
-OPENAI = "OpenAI (CLIP)"
-BAAI = "BAAI (EVA-CLIP)"
 EVA_E = "eva02_enormous_patch14_clip_224"
 ARCHITECTURES = {
     "ViT-B/32": Architecture("vit_base_patch32_clip_quickgelu_224", "ViT-B-32.pt", OPENAI),

@@ -35,7 +35,6 @@ import hashlib
 import json
 import logging
 import math
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from torch import Tensor
 
 from modules.checkpoint_entries import check_entries, optimizer_tensors
 from modules.hashing import TOWER_POSITIONS, hash_tensors, tower_hashes
-from modules.pretrained import explain, load_strictly
+from modules.pretrained import explain, is_safetensors, load_pickled, load_strictly
 from modules.released import from_released, to_released
 from modules.side4video import Side4Video
 from modules.torchscript_archive import check_archive
@@ -171,7 +170,7 @@ def flat_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """Read a file of `save_safetensors`; {} for any other .safetensors file."""
+    """Read a file of `save_safetensors`; {} for any other file of that format."""
     parts: dict[str, dict[str, Tensor]] = {"tower": {}, "trained": {}}
     with safe_open(path, framework="pt") as file:
         facts = json.loads((file.metadata() or {}).get(METADATA, "{}"))
@@ -201,11 +200,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if path.suffix == SAFETENSORS:
+        if is_safetensors(path):
             content = _read_safetensors(path)
         else:
             check_archive(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = load_pickled(path)
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {explain(path, error)}") from error
     if not isinstance(content, dict) or not (content.get("format") == FORMAT or is_released(content)):
@@ -238,7 +237,7 @@ def holds_tower(checkpoint: dict[str, Any]) -> bool:
 
 def describe_checkpoint(checkpoint: dict[str, Any], source: str | Path) -> str:
     """One line for the log after `load_model_state`: file, form, epoch, and where the frozen tower came from."""
-    form = "safetensors" if Path(source).suffix == SAFETENSORS else "ours"
+    form = "safetensors" if is_safetensors(Path(source)) else "ours"
     facts = ["released" if is_released(checkpoint) else form]
     if (epoch := checkpoint.get("epoch")) is not None:
         facts.append(f"epoch {epoch}")

@@ -94,8 +94,10 @@ def _report(value: Any) -> bool:
         and len(value["loss_sum"]) == 2
         and all(isinstance(number, int | float) for number in [*value["loss_sum"], value.get("mean_loss", "")])
         and isinstance(value.get("first_bad"), int | float)
-        and isinstance(value.get("unreadable"), list)
-        and all(len(video) == 2 for video in value["unreadable"])
+        and all(
+            isinstance(videos, list) and all(len(video) == 2 for video in videos)
+            for videos in (value.get("unreadable"), value.get("damaged", []))  # older files have no "damaged"
+        )
     )
 
 

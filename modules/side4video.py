@@ -30,7 +30,11 @@ class SideClassifier(nn.Module):
 
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
         """Clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> logits (B, K)."""
-        return self.head(self.dropout(self.side(clips, layer_tokens)))
+        return self.classify(self.side(clips, layer_tokens))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features of the side network (B, S) -> logits (B, K)."""
+        return self.head(self.dropout(features))
 
 
 class Side4Video(nn.Module):

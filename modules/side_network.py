@@ -15,7 +15,7 @@ Tokens are channels-last and contiguous, (B, T, N, S): pointwise convolutions ar
 and nothing is transposed. tests/textbook.py has the plain nn.Conv3d form, which gives the same results.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -44,8 +44,16 @@ class TubeletStem(nn.Conv3d):
 
     def forward(self, clips: Tensor) -> Tensor:
         """(B, T, 3, H, W) -> (B, T, N, S)."""
+        return self.sum_of_neighbours(self.frame_products(clips))
+
+    def frame_products(self, clips: Tensor) -> Tensor:
+        """What each frame gives by itself: (B, T, 3, H, W) -> (B, T, N, 3S)."""
         weight = self.weight.permute(2, 0, 1, 3, 4).flatten(0, 1).flatten(1)  # (3S, 3PP)
-        before, now, after = PatchLinear.apply(clips, weight, self.kernel_size[-1]).split(self.out_channels, dim=-1)
+        return PatchLinear.apply(clips, weight, self.kernel_size[-1])
+
+    def sum_of_neighbours(self, products: Tensor) -> Tensor:
+        """Products of consecutive frames (B, T, N, 3S) -> (B, T, N, S)."""
+        before, now, after = products.split(self.out_channels, dim=-1)
         x = now + self.bias.to(now.dtype)
         x[:, 1:] += before[:, :-1]
         x[:, :-1] += after[:, 1:]
@@ -227,9 +235,22 @@ class SideNetwork(nn.Module):
         `layer_tokens` may be a generator. It is read one layer at a time, so that without gradients no more than one
         layer's tokens are in memory.
         """
-        x = self.stem_bn(self.stem(clips))
-        for projection, block, tokens in zip(self.projections, self.blocks, layer_tokens, strict=True):
-            class_tokens, patches = projection(tokens).tensor_split([1], dim=2)
+        return self.mix_frames(*self.frame_parts(clips, layer_tokens))
+
+    def frame_parts(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
+        """What each frame decides by itself, whatever its neighbours are; arguments of `forward`.
+
+        Returns:
+            products of the stem, (B, T, N, 3S), and an iterator over the layers' projected tokens, (B, T, 1 + N, S).
+        """
+        projected = (projection(tokens) for projection, tokens in zip(self.projections, layer_tokens, strict=True))
+        return self.stem.frame_products(clips), projected
+
+    def mix_frames(self, products: Tensor, projected: Iterable[Tensor]) -> Tensor:
+        """The parts of consecutive frames, see `frame_parts` -> features (B, S)."""
+        x = self.stem_bn(self.stem.sum_of_neighbours(products))
+        for block, tokens in zip(self.blocks, projected, strict=True):
+            class_tokens, patches = tokens.tensor_split([1], dim=2)
             shifted = shift_class_token(class_tokens.squeeze(2)).unsqueeze(2)
             x = (x + patches).mul_(0.5)
             x = recomputed(block, x, shifted, self.pos) if self.recompute else block(x, shifted, self.pos)

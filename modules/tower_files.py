@@ -10,11 +10,11 @@ from dotmap import DotMap
 from modules.backbones import FrozenTower, find_architecture
 from modules.build import build_model
 from modules.checkpoint import holds_tower, load_model_state
-from modules.pretrained import HUB, PRETRAINED_DIR, load_tower_weights
+from modules.pretrained import HUB, PRETRAINED_DIR, load_tower_weights, same_tower
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError, ConfigError, UserError
 
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+UNFINISHED = ".part"  # of a download
 HASHES = ("tower_sha256", "tower_sha256_but_positions")
 
 log = logging.getLogger(__name__)
@@ -55,23 +55,24 @@ def find_tower(tower: FrozenTower, config: DotMap, checkpoint: dict[str, Any], s
         CheckpointError: none has it; the message lists what was tried.
     """
     arch = config.network.arch
+    wanted = {key: checkpoint[key] for key in HASHES}
     tried = []
     for candidate in candidates(tower, config.network.weights, checkpoint["tower_file"]):
         try:
-            load_tower_weights(tower, find_architecture(arch), arch, candidate)
+            load_tower_weights(tower, find_architecture(arch), arch, candidate, wanted)
         except UserError as error:
             if candidate == HUB:
                 raise
             log.info("not the tower of %s: %s", source, error.line)
             tried.append(f"{candidate} (does not fit)")
             continue
-        if any(tower.hashes and tower.hashes[key] == checkpoint.get(key) for key in HASHES):
+        if tower.hashes and same_tower(tower.hashes, wanted):
             return
         tried.append(f"{candidate} (another tower)")
     raise CheckpointError(
         f"{source}: needs the tower that it was trained beside, {checkpoint['tower_file']} (SHA-256 of its tensors "
         f"{checkpoint[HASHES[0]][:12]}); found {', '.join(tried) or 'no file that can be it'}; put the file into "
-        f"{PRETRAINED_DIR}/ (python tools/download_weights.py --list), or name it with weights"
+        f"{PRETRAINED_DIR}/ (python tools/download_weights.py --list), or name it with network.weights"
     )
 
 
@@ -94,6 +95,6 @@ def candidates(tower: FrozenTower, stated: str | None, name: str) -> Iterator[st
         files.insert(0, Path(stated))
     smallest = 2 * sum(parameter.numel() for parameter in tower.parameters())  # published files hold half precision
     fitting = [
-        file for file in files if file.is_file() and file.suffix in WEIGHT_SUFFIXES and file.stat().st_size >= smallest
+        file for file in files if file.is_file() and file.suffix != UNFINISHED and file.stat().st_size >= smallest
     ]
     yield from map(str, sorted(fitting, key=lambda file: (file.name != name, fitting.index(file))))

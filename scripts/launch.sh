@@ -9,7 +9,7 @@ check_config() {
     for argument in "$@"; do
         shift
         case $before in
-        --dense | --*=* | [!-]* | '') case $argument in [!-]*=*) set -- "$@" "$argument" ;; esac ;;
+        --dense | --accept_changes | --*=* | [!-]* | '') case $argument in [!-]*=*) set -- "$@" "$argument" ;; esac ;;
         esac
         before=$argument
     done

@@ -10,10 +10,12 @@ import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 if __name__ == "__main__":
@@ -21,7 +23,7 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import browse_data, check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -85,6 +87,7 @@ WRONG_KIND = {
     "list of float": "three",
     "int or list of int": "wide",
     "layers": "some",
+    "class weights": "even",
     "dict": "7",
 }
 
@@ -176,6 +179,11 @@ def configuration_cases() -> Iterator[Case]:
         "an input that patches do not fill": ["data.input_size=40"],
         "blocks that the tower has not": ["network.side_layers=[3]"],
         "a tower without weights of its own": ["network.init=True"],
+        "another number of weights than classes": ["solver.class_weights=[1,2,3]"],
+        "weights that are all 0": ["solver.class_weights=[0,0,0,0,0,0,0,0,0,0]"],
+        "a weight below 0": ["solver.class_weights=[1,1,1,1,1,1,1,1,1,-1]"],
+        "classes balanced twice": ["solver.class_weights=balanced", "data.balance=True"],
+        "videos that are all too short": ["data.min_frames=5"],
         "more videos of a class than there are": ["data.shot=5"],
     }
     for what, values in together.items():
@@ -210,6 +218,18 @@ def list_cases() -> Iterator[Case]:
     }
     for what, content in lines.items():
         yield Case("Lists", what, train_program.main, train("data.train_list=DIR/l.txt"), {"l.txt": content})
+    segments = {
+        "no column first_frame": "train_00000 4 1\n",
+        "a first frame before the video": "train_00000 -1 4 1\n",
+        "a segment without frames": "train_00000 0 0 1\n",
+        "a segment behind the end": "train_00000 3 2 1\ntrain_00000 3 2 1\n",
+    }
+    for what, content in segments.items():
+        arguments = train("data.train_list=DIR/l.txt", "data.val_list=DIR/l.txt", "data.segments=True")
+        yield Case("Segments", what, train_program.main, arguments, {"l.txt": content})
+    yield Case(
+        "Segments", "frames that are counted", train_program.main, train("data.segments=True", "data.count_frames=True")
+    )
     names = ["id,name\n", *(f"{label},class {label}\n" for label in range(10))]
     classes: dict[str, str | bytes] = {
         "no header": "".join(names[1:]),
@@ -228,6 +248,15 @@ def list_cases() -> Iterator[Case]:
 PNG_BOMB = bytes.fromhex("89504e470d0a1a0a0000000d49484452000186a0000186a0080200000027309c9f0000000049444154")
 
 
+def compressed_frames() -> bytes:
+    """A zip file of frames, as most programs write it."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(1, 5):
+            archive.writestr(f"img_{number:05d}.jpg", bytes(100))
+    return content.getvalue()
+
+
 def media_cases() -> Iterator[Case]:
     listed = {"l.txt": "v 4 1\nv 4 1\n"}
     frames: dict[str, str | bytes] = {
@@ -240,11 +269,40 @@ def media_cases() -> Iterator[Case]:
         files = {**listed, **{f"frames/v/img_{number:05d}.jpg": content for number in range(1, 5)}}
         arguments = train("data.train_root=DIR/frames", "data.train_list=DIR/l.txt")
         yield Case("Frames and videos", what, train_program.main, arguments, files)
+    for what, content in {
+        "a zip file that ends too soon": b"PK\x03\x04" + b"\0" * 26,
+        "a compressed zip file": compressed_frames(),
+    }.items():
+        files = {**listed, "frames/v.zip": content}
+        arguments = train("data.train_root=DIR/frames", "data.train_list=DIR/l.txt")
+        yield Case("Frames and videos", what, train_program.main, arguments, files)
+    files = {"l.txt": "val_00000.mp4 2 9 1\n" * 2}
+    arguments = train("data.modality=video", "data.segments=True", "data.train_root=DIR/data/videos")
+    arguments += ["data.train_list=DIR/l.txt", "data.val_root=DIR/data/videos", "data.val_list=DIR/l.txt"]
+    yield Case("Segments", "a segment behind the end of a video file", train_program.main, arguments, files)
     for what, content in {"an empty video": b"", "a video that is text": b"no video"}.items():
         files = {"l.txt": "v.mp4 1\nv.mp4 1\n", "v.mp4": content}
         arguments = train("data.modality=video", *(f"data.{p}_root=DIR" for p in ("train", "val")))
         arguments += [f"data.{part}_list=DIR/l.txt" for part in ("train", "val")]
         yield Case("Frames and videos", what, train_program.main, arguments, files)
+
+
+def checkpoint_bytes(config: dict) -> bytes:
+    """A checkpoint with a configuration, and tensors that fit no model."""
+    content, tensors = io.BytesIO(), {"a": torch.zeros(1)}
+    hashes = {"tower_sha256": "0" * 64, "tower_sha256_but_positions": "0" * 64}
+    torch.save(
+        {
+            "format": "side4video/1",
+            "trained": tensors,
+            "tower": tensors,
+            "tower_file": None,
+            **hashes,
+            "config": config,
+        },
+        content,
+    )
+    return content.getvalue()
 
 
 def file_cases() -> Iterator[Case]:
@@ -260,6 +318,16 @@ def file_cases() -> Iterator[Case]:
         yield Case("Checkpoints", what, test_program.main, test(), {"m.pt": content})
         arguments = train("network.init=True", "network.weights=DIR/w.pt")
         yield Case("Weight files", what, train_program.main, arguments, {"w.pt": content})
+    trained = yaml.safe_load(
+        "{data: {dataset: motion_demo, num_segments: 8, dense: true, batch_size: 2, num_classes: 10, input_size: 32}, "
+        "network: {arch: timm/vit_tiny_patch16_224, side_dim: 64}, solver: {epochs: 1, lr: 0.001}}"
+    )
+    trained["network"]["backbone_kwargs"] = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    for what, config, arguments in (
+        ("frames of another number than in training", trained, test()),
+        ("no configuration, not even its own", {}, ["--weights", "DIR/m.pt"]),
+    ):
+        yield Case("Checkpoints", what, test_program.main, arguments, {"m.pt": checkpoint_bytes(config)})
     yield Case("Checkpoints", "a file that is not there", test_program.main, test())
     yield Case("Checkpoints", "a folder", test_program.main, test(weights="DIR/data"))
     yield Case("Checkpoints", "text called .safetensors", test_program.main, test(weights="DIR/m.safetensors"),
@@ -274,11 +342,18 @@ def file_cases() -> Iterator[Case]:
 def tool_cases() -> Iterator[Case]:
     table: list[tuple[str, Callable[[list[str]], object], list[str], dict[str, str | bytes]]] = [
         ("check_data: a misspelt key", check_data.main, ["DIR/tiny.yaml", "data.lst=1"], {}),
+        ("browse_data: a file instead of a folder", browse_data.main, ["DIR/tiny.yaml", "DIR/tiny.yaml"], {}),
+        ("browse_data: no clips", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "--clips", "0"], {}),
+        ("browse_data: no such list", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "data.val_list=DIR/gone"], {}),
         ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
         ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
         ("extract: no size", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--short_side", "0"], {}),
         ("extract: a quality of 101", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--quality", "101"], {}),
+        ("pack: a folder that is not there", prepare_data.main, ["pack", "DIR/gone", "DIR/out"], {}),
+        ("pack: the frames of one video", prepare_data.main, ["pack", "DIR/data/frames/train_00000", "DIR/out"], {}),
+        ("pack: no frames", prepare_data.main, ["pack", "DIR/data/videos", "DIR/out"], {}),
+        ("pack: fewer than no workers", prepare_data.main, ["pack", "DIR/data", "DIR/out", "--workers", "-1"], {}),
         ("list: a root that is not there", prepare_data.main, ["list", "folders", "DIR/gone", "DIR/out"], {}),
         ("list: no annotation file", prepare_data.main, ["list", "kinetics", "DIR/data", "DIR/out"], {}),
         ("list: another csv file", prepare_data.main,
@@ -287,7 +362,8 @@ def tool_cases() -> Iterator[Case]:
         ("convert: a source that is not there", convert_checkpoint.main,
          ["DIR/tiny.yaml", "DIR/m.pt", "DIR/o.safetensors"], {}),
         ("download: an unknown name", download_weights.main, ["ViT-X"], {}),
-        ("download: a file of another publisher", download_weights.main, ["EVA02-CLIP-L-14"], {}),
+        ("download: another file in its place", download_weights.main, ["EVA02-CLIP-L-14", "--dir", "DIR"],
+         {"EVA02_CLIP_L_psz14_s4B.pt": b"mine"}),
         ("demo data: no videos", motion_demo.main, ["DIR/demo", "--train_videos", "0"], {}),
         ("demo data: a folder that is in use", motion_demo.main, ["DIR/data/frames"], {}),
         ("utils.config: no arguments", config_program.main, [], {}),

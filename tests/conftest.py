@@ -7,6 +7,7 @@ import pytest
 import yaml
 from tiny import random_frame
 
+import train as train_program
 from tools.motion_demo import CLASSES, generate
 
 
@@ -61,3 +62,28 @@ def config(motion_root, tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({"data": data, "network": network, "solver": solver}))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def trained_demo(tmp_path_factory):
+    """(checkpoint, folder of the data) of a small model that has learned the motions; half a minute of training."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = folder / "motion"
+    generate(root, train_videos=240, val_videos=20, size=32, num_frames=8)
+    data = {
+        "dataset": "motion_demo",
+        "num_segments": 6,
+        "batch_size": 8,
+        "workers": 0,
+        "num_classes": len(CLASSES),
+        "label_list": str(root / "classes.csv"),
+        "input_size": 32,
+        **{f"{part}_root": str(root / "frames") for part in ("train", "val")},
+        **{f"{part}_list": str(root / f"{part}.txt") for part in ("train", "val")},
+    }
+    network = {"arch": "timm/vit_tiny_patch16_224", "init": False, "side_dim": 64}
+    network["backbone_kwargs"] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    solver = {"epochs": 6, "lr": 3e-3, "lr_warmup_step": 1}
+    (folder / "demo.yaml").write_text(yaml.safe_dump({"data": data, "network": network, "solver": solver}))
+    train_program.main(["--config", str(folder / "demo.yaml"), "--output", str(folder / "run")])
+    return folder / "run" / "model_best.pt", root

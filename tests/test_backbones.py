@@ -100,7 +100,8 @@ def test_published_weights_fill_the_tower(tmp_path, dtype, caplog):
     for name, tensor in target.vit.state_dict().items():
         assert tensor.dtype == torch.float32
         assert tensor.equal(source.vit.state_dict()[name].to(dtype).float()), name
-    assert len(caplog.messages) == 1 and "clip.pt" in caplog.messages[0]
+    loaded, warning = caplog.messages  # the second, because this is not OpenAI's file
+    assert "clip.pt, activation QuickGELU" in loaded and "not the file that OpenAI published" in warning
     assert target.weight_file == "clip.pt"
 
 
@@ -110,10 +111,10 @@ def test_the_log_counts_the_tensors_that_are_not_needed(tmp_path, caplog, side_l
     network = {"arch": "ViT-B/16", "init": True, "weights": str(tmp_path / "clip.pt"), "side_layers": side_layers}
     caplog.set_level("INFO")
     build_model(default_config(network={**network, "backbone_kwargs": TOWER}))
-    assert caplog.messages == [
-        f"tower: {5 + 12 * kept} tensors from {tmp_path / 'clip.pt'}; not needed: {of_blocks} of blocks after the last "
-        "one read, 6 others (final norm, projection, text)"
-    ]
+    assert caplog.messages[0] == (
+        f"tower: {5 + 12 * kept} tensors from {tmp_path / 'clip.pt'}, activation QuickGELU; not needed: {of_blocks} of "
+        "blocks after the last one read, 6 others (final norm, projection, text)"
+    )
 
 
 def test_timm_names_and_nesting_are_read_too(tmp_path):

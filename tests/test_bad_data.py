@@ -99,6 +99,56 @@ def test_a_row_of_nans_is_wrong_whatever_its_label():
     assert list(class_accuracy(scores, np.array([0, 1, 2, 0]))) == [2, 0, 1]
 
 
+# Damaged videos
+
+
+@pytest.fixture
+def damaged_videos(motion_root, tmp_path):
+    """Overrides for the demo's seven mp4 files, of which the third and the sixth lack their last byte."""
+    shutil.copytree(motion_root / "videos", tmp_path / "videos")
+    for number in (2, 5):
+        path = tmp_path / "videos" / f"val_{number:05d}.mp4"
+        path.write_bytes(path.read_bytes()[:-1])
+    parts = [f"data.{part}_list={motion_root}/val_videos.txt" for part in ("train", "val")]
+    return ["data.modality=video", *parts, *(f"data.{part}_root={tmp_path}/videos" for part in ("train", "val"))]
+
+
+def test_damaged_videos_are_scored_and_named_in_the_log_and_the_score_file(
+    config, checkpoint, damaged_videos, motion_root, tmp_path, capsys
+):
+    whole = score(config, checkpoint, tmp_path / "whole.npz", *damaged_videos, f"data.val_root={motion_root}/videos")
+    assert not whole["damaged"].any()
+    for workers in (0, 2):
+        capsys.readouterr()
+        saved = score(config, checkpoint, tmp_path / f"{workers}.npz", *damaged_videos, f"data.workers={workers}")
+        assert saved["damaged"].nonzero()[0].tolist() == [2, 5]
+        assert np.array_equal(saved["scores"], whole["scores"])  # the missing byte holds no picture
+        output = capsys.readouterr().out
+        assert "2 of 7 videos are damaged, and what can be decoded of them is scored" in output
+        assert output.count("scored in part: ") == 2
+        assert "videos/val_00002.mp4: damaged (the file ends 1 bytes before" in output and "val_videos.txt:3" in output
+
+
+def test_damaged_videos_count_as_unreadable_where_the_configuration_says_so(
+    config, checkpoint, damaged_videos, tmp_path, capsys
+):
+    saved = score(config, checkpoint, tmp_path / "s.npz", *damaged_videos, "data.on_damage=error")
+    assert np.isnan(saved["scores"]).all(axis=1).nonzero()[0].tolist() == [2, 5]
+    assert not saved["damaged"].any()
+    assert "no scores, counted wrong: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"val_0000[25].mp4: damaged \(.*; data.on_damage=accept uses what can be"):
+        train(config, tmp_path / "new", *damaged_videos, "data.on_damage=error", "data.batch_size=7")
+
+
+def test_damaged_training_videos_are_counted_and_named_each_epoch(config, damaged_videos, tmp_path):
+    log = train(config, tmp_path / "new", *damaged_videos, "data.batch_size=7", "data.workers=2")
+    lines = [line for line in log.splitlines() if "training videos are damaged" in line]
+    assert [line.split(" ", 1)[1][:9] for line in lines] == ["epoch 0: ", "epoch 1: "]
+    assert all("2 training videos are damaged, and what can be decoded of them was used: " in line for line in lines)
+    assert all(line.index("val_00002.mp4: damaged") < line.index("val_00005.mp4: damaged") for line in lines)
+    assert log.count("scored in part: ") == 4  # validation, twice
+
+
 # Training
 
 

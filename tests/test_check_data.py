@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import write_packets, write_video
 
 from datasets.annotations import VideoRecord, read_annotations
+from tools import check_videos, prepare_data
 from tools.check_data import PRINTED, main
 from tools.check_videos import Task, check_frame_folder
 from utils.errors import DataError, UserError
@@ -365,12 +366,24 @@ def test_damage_inside_an_image_that_pillow_decodes_is_a_warning(frames):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_images_of_other_colours_are_no_finding(frames, mode):
+def test_a_data_set_that_mixes_kinds_of_images_is_a_warning(frames, mode):
     for number in range(1, FRAMES + 1):
         path = frames.media / "train 7" / f"img_{number:05d}.jpg"
         with Image.open(path) as image:
             image.convert(mode).save(path)
-    assert frames.check()[:2] == (0, [])
+    _, (finding,), _ = frames.check()
+    assert (finding["severity"], finding["kind"]) == ("warning", "mixed")
+    kinds = f"JPEG RGB (11 videos, the first val 0), JPEG {mode} (1 videos, the first train 7)"
+    assert finding["message"] == f"frames of several kinds: {kinds}"
+
+
+def test_damage_is_an_error_where_the_configuration_refuses_it(frames, videos):
+    path = videos.media / "train 0.mp4"
+    write_video(path, count=60, size=VIDEO_SIZE)
+    path.write_bytes(path.read_bytes()[:-1])
+    for on_damage, severity in (("accept", "warning"), ("error", "error")):
+        message = videos.only_finding("train", 1, severity, "damaged", f"data.on_damage={on_damage}")
+        assert "damaged (the file ends 1 bytes before the end that its header states); 60 frames" in message
 
 
 def test_frames_that_nothing_refers_to_need_not_be_readable(frames):
@@ -409,7 +422,7 @@ def test_a_nul_character_is_an_error_of_its_line(frames):
     frames.lines["train"][7] = f"train\0 7 {FRAMES} 3"
     assert "holds a NUL character" in frames.only_finding("train", 8, "error", "line")
     task = Task("train", str(frames.media), VideoRecord("a\0b", 8, 0, "list:1"))
-    ((finding,), _) = check_frame_folder(task, "img_{:05d}.jpg", 1, False)
+    (finding,) = check_frame_folder(task, "img_{:05d}.jpg", 1, False).findings
     assert finding.severity == "error" and "null" in finding.message
 
 
@@ -444,14 +457,15 @@ def test_videos_that_cannot_be_decoded_to_their_end(videos, decoder):
     ]
 
 
-def test_damage_in_the_middle_is_placed(videos):
+def test_damage_in_the_middle_is_a_warning(videos):
     path = videos.media / "train 0.mp4"
     write_video(path, count=60, size=VIDEO_SIZE)
     content = bytearray(path.read_bytes())
     middle = (content.index(b"mdat") + content.index(b"moov")) // 2
     content[middle : middle + 400] = bytes(400)
     path.write_bytes(content)
-    assert "cannot be decoded after " in videos.only_finding("train", 1, "error", "unreadable", "data.decoder=pyav")
+    message = videos.only_finding("train", 1, "warning", "damaged", "data.decoder=pyav")
+    assert " cannot be decoded" in message and message.endswith("frames can be decoded")
 
 
 def test_a_video_that_only_another_decoder_reads(videos):
@@ -478,7 +492,7 @@ def test_frames_that_the_decoder_calls_damaged_are_a_warning(videos):
     videos.lines["train"][0] = "train 0.ts 0"
     _, findings, _ = videos.check("data.decoder=pyav")
     messages = [finding["message"] for finding in findings if finding["severity"] == "warning"]
-    assert len(messages) == 1 and "frames are damaged, says the decoder" in messages[0]
+    assert len(messages) == 1 and "damaged (1 frame decoded in part); 10 frames can be decoded" in messages[0]
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mkv"])
@@ -487,9 +501,19 @@ def test_what_is_cut_off_without_an_error_is_a_warning(videos, suffix):
     write_video(path, count=40, size=VIDEO_SIZE)
     videos.lines["train"][0] = f"{path.name} 0"
     assert videos.check("data.decoder=pyav")[:2] == (0, [])
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    message = videos.only_finding("train", 1, "warning", "damaged", "data.decoder=pyav")
+    assert "bytes before the end that its header states" in message
+    segment = content.index(b"\x18\x53\x80\x67") + 4
+    unknown = b"\x01" + b"\xff" * 7  # the length of a recording that is still written
+    path.write_bytes(content[:segment] + unknown + content[segment + 8 : len(content) // 2])
     message = videos.only_finding("train", 1, "warning", "cut_off", "data.decoder=pyav")
     assert "of the 1.6" in message
+    for tag in (b"now", b"1:2", b"-1:00:00.0"):  # some programs write other texts
+        at = content.index(b"00:00:01.6")
+        path.write_bytes(content[:at] + tag.ljust(18, b"\0") + content[at + 18 :])
+        assert videos.check("data.decoder=pyav")[:2] == (0, [])
 
 
 def test_a_copy_of_a_video_is_a_warning(videos):
@@ -612,3 +636,81 @@ def test_an_interruption_is_one_line_and_writes_nothing(frames, tmp_path):
     shutil.rmtree(frames.media / "train 0")
     assert (process.returncode, output, errors) == (1, "", "error: interrupted; nothing was written\n")
     assert not (tmp_path / "report.json").exists() and not (tmp_path / "clean").exists()
+
+
+@pytest.fixture
+def segments(tmp_path, capsys):
+    """Two long videos, each with two segments for training and one for validation."""
+    data = DataSet(tmp_path, capsys, "video")
+    data.data |= {"segments": True, "num_classes": 2, "label_list": None, "flip": False}
+    for name in ("a.mp4", "b.mp4"):
+        write_video(data.media / name, ord(name[0]), 30, VIDEO_SIZE)
+    data.lines = {
+        "train": ["a.mp4 0 10 0", "a.mp4 5 10 1", "b.mp4 20 10 0"],
+        "val": ["a.mp4 20 10 0", "b.mp4 0 10 1"],
+    }
+    return data
+
+
+def test_segments_without_faults_have_no_findings(segments):
+    assert segments.check()[:2] == (0, [])
+
+
+def test_each_fault_of_a_segment_is_named_with_file_and_line(segments):
+    segments.lines["train"] += [
+        "a.mp4 25 6 0",
+        "a.mp4 -1 5 0",
+        "a.mp4 0 10 1",
+        "b.mp4 0 10 1",
+        "b.mp4 5 10 1",
+        "c.mp4 0 1 0",
+    ]
+    status, findings, _ = segments.check()
+    assert status == 1
+    found = [(finding["place"].rpartition(":")[2], finding["kind"], finding["message"]) for finding in findings]
+    assert [(line, kind) for line, kind, _ in found] == [
+        *(("4", "overlap"), ("4", "segment"), ("5", "line"), ("6", "duplicate")),
+        *(("7", "overlap"), ("8", "overlap"), ("9", "missing")),
+    ]
+    assert found[1][2].endswith("a.mp4: the segment is of frames 25 to 30, but the file has 30 frames, from 0")
+    assert "is a validation video too" in found[4][2] and "shares frames with the validation video" in found[5][2]
+
+
+def test_a_long_video_is_decoded_once_for_all_its_segments_and_its_damage_fails_each(segments, monkeypatch):
+    (segments.media / "a.mp4").write_bytes((segments.media / "a.mp4").read_bytes()[:1500])
+    decoded = []
+    check = check_videos.check_video_file
+    monkeypatch.setattr(
+        check_videos, "check_video_file", lambda t, decoder: decoded.append(t.path) or check(t, decoder)
+    )
+    status, findings, _ = segments.check()
+    assert status == 1 and len(decoded) == 2
+    assert sorted(
+        (Path(f["place"].rpartition(":")[0]).stem, f["place"].rpartition(":")[2])
+        for f in findings
+        if f["severity"] == "error"
+    ) == [
+        ("train", "1"),
+        ("train", "2"),
+        ("val", "1"),
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_of_frames_may_not_pass_the_last_frame(tmp_path, capsys, packed):
+    data = DataSet(tmp_path, capsys, "RGB")
+    data.data |= {"segments": True, "num_classes": 2, "label_list": None, "flip": False}
+    for name in "ab":
+        write_frames(data.media / name, ord(name), range(1, 11))
+    data.lines = {"train": ["a 0 5 0", "a 5 5 1", "a 6 5 0"], "val": ["b 0 5 0", "b 5 5 1"]}
+    if packed:
+        prepare_data.main(["pack", str(data.media), str(tmp_path / "packed"), "--workers", "0"])
+        capsys.readouterr()
+        data.data |= {f"{part}_root": str(tmp_path / "packed") for part in ("train", "val")}
+    status, findings, _ = data.check()
+    assert status == 1
+    (finding,) = findings
+    assert (
+        finding["place"].endswith(":3")
+        and "img_00011.jpg missing; 5 frames listed from frame 6 on, 10 files" in finding["message"]
+    )

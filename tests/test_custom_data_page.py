@@ -102,7 +102,7 @@ def test_every_block_of_the_page_is_a_command_or_a_file_that_a_command_reads():
     commands = "".join(text for what, text in blocks if what == "sh")
     files = [what for what, _ in blocks if what != "sh"]
     assert len(files) == len(set(files)) and all(file in commands for file in files)
-    assert PAGE.count("```") == 2 * (len(blocks) + 1)  # one more block shows the folders
+    assert PAGE.count("```") == 2 * (len(blocks) + 2)  # two more blocks show the folders, and lines of segments
 
 
 def test_the_page_leads_to_lists_as_it_describes_them(followed):
@@ -136,7 +136,9 @@ def test_the_page_leads_to_a_trained_model_and_scores(followed):
 
 def test_the_page_leads_to_the_same_model_on_frames_and_on_fewer_classes(followed):
     root, printed = followed
-    (on_frames,) = [output for text, output in printed if "configs/mine_frames.yaml" in text]
+    on_frames, on_packed = [output for text, output in printed if "configs/mine_frames.yaml" in text]
+    scores = [[line for line in output.splitlines() if "top-1" in line] for output in (on_frames, on_packed)]
+    assert scores[0] == scores[1] != []
     assert "4 frames x 1 crops x 1 clips on 4 videos: top-1 " in on_frames
     few = torch.load(root / "exp_onehot/few/last_model.pt", weights_only=True)
     assert few["class_names"] == CLASSES[1:3] and few["trained"]["head.weight"].shape[0] == 2

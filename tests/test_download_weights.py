@@ -13,11 +13,13 @@ import pytest
 
 from modules.backbones import ARCHITECTURES
 from tools import download_weights
-from tools.download_weights import EVA_FILES, OPENAI_FILES, main
+from tools.download_weights import address, main
 from utils.errors import UserError
+from utils.published_weights import BAAI, EVA_REPOSITORY, OPENAI, PUBLISHED_FILES, PublishedFile
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+EVA = "EVA02_CLIP_L_psz14_s4B.pt"
 
 
 class Server(ThreadingHTTPServer):
@@ -32,6 +34,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers["Range"]
         self.server.asked.append((self.path, wanted))
+        if "/resolve/" in self.path:  # the Hugging Face Hub leads to another server
+            self.send_response(302)
+            self.send_header("Location", f"/store{self.path.replace('/resolve/', '/')}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.server.ranges else 0
         if self.server.status != 200:
             return self.send_error(self.server.status)
@@ -51,7 +58,9 @@ def server(monkeypatch):
     with Server() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         monkeypatch.setattr(download_weights, "OPENAI_ADDRESS", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setitem(OPENAI_FILES, "ViT-B/16", f"{SHA256}/ViT-B-16.pt")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setitem(PUBLISHED_FILES, "ViT-B/16", PublishedFile("ViT-B-16.pt", SHA256, OPENAI))
+        monkeypatch.setitem(PUBLISHED_FILES, "EVA02-CLIP-L-14", PublishedFile(EVA, SHA256, BAAI))
         yield server
         server.shutdown()
 
@@ -71,20 +80,17 @@ def part_of(weights):
     return weights.with_name("ViT-B-16.pt.part")
 
 
-def test_the_tables_hold_the_files_of_all_architectures_and_the_hashes_of_openai():
+def test_the_table_holds_the_file_of_every_architecture_and_a_hash():
     """The names are written twice, so that a download does not import torch."""
-    files = {arch: tail.split("/")[1] for arch, tail in OPENAI_FILES.items()}
-    assert files | EVA_FILES == {arch: a.weight_file for arch, a in ARCHITECTURES.items()}
-    assert all(re.fullmatch(r"[0-9a-f]{64}/[^/]+", tail) for tail in OPENAI_FILES.values())
+    files = {arch: (file.name, file.publisher) for arch, file in PUBLISHED_FILES.items()}
+    assert files == {arch: (a.weight_file, a.publisher) for arch, a in ARCHITECTURES.items()}
+    assert all(re.fullmatch(r"[0-9a-f]{64}", file.sha256) for file in PUBLISHED_FILES.values())
 
 
 def test_the_readme_names_every_file_and_hash():
     readme = Path("clip_pretrain/README.md").read_text()
-    for name, tail in OPENAI_FILES.items():
-        sha256, file = tail.split("/")
-        assert f"| {name} | `{file}` |" in readme and f"| `{file}` | `{sha256}` |" in readme
-    for name, file in EVA_FILES.items():
-        assert f"| {name} | `{file}`" in readme and f"| `{file}` | `" in readme
+    for arch, file in PUBLISHED_FILES.items():
+        assert f"| {arch} | `{file.name}`" in readme and f"| `{file.name}` | `{file.sha256}` |" in readme
 
 
 def test_a_file_arrives_whole_and_is_not_fetched_twice(server, fetch, weights, capsys):
@@ -164,12 +170,7 @@ def test_no_network_and_no_disk_are_one_line(server, fetch, weights, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["EVA02-CLIP-L-14"], "take EVA02_CLIP_L_psz14_s4B.pt from https://huggingface.co/QuanSun/EVA-CLIP"),
-        (["ViT-B16"], "ViT-B16: choose one of ViT-B/32, "),
-        ([], "no name given: choose one of"),
-    ],
+    "argv, message", [(["ViT-B16"], "ViT-B16: choose one of ViT-B/32, "), ([], "no name given: choose one of")]
 )
 def test_other_names_say_what_to_do_and_fetch_nothing(server, argv, message):
     with pytest.raises(UserError, match=message):
@@ -177,7 +178,47 @@ def test_other_names_say_what_to_do_and_fetch_nothing(server, argv, message):
     assert server.asked == []
 
 
+@pytest.fixture
+def fetch_eva(tmp_path):
+    return lambda: main(["EVA02-CLIP-L-14", "--dir", str(tmp_path / "weights")])
+
+
+@pytest.fixture
+def eva_weights(tmp_path):
+    return tmp_path / "weights" / EVA
+
+
+def test_a_file_of_the_hub_goes_the_same_way_through_its_redirection(server, fetch_eva, eva_weights, capsys):
+    server.cut = 300_000
+    with pytest.raises(UserError, match=rf"{EVA}.part: .*300000 of 1048576 bytes; run the same command again"):
+        fetch_eva()
+    assert os.listdir(eva_weights.parent) == [f"{EVA}.part"]
+    server.cut = None
+    fetch_eva()
+    assert eva_weights.read_bytes() == CONTENT and os.listdir(eva_weights.parent) == [EVA]
+    hub, store = f"/{EVA_REPOSITORY}/resolve/main/{EVA}", f"/store/{EVA_REPOSITORY}/main/{EVA}"
+    assert server.asked == [(hub, None), (store, None), (hub, "bytes=300000-"), (store, "bytes=300000-")]
+    assert SHA256 in capsys.readouterr().out
+
+
+def test_a_wrong_file_of_the_hub_is_removed_and_a_refusal_is_one_line(server, fetch_eva, eva_weights):
+    server.content = CONTENT[::-1]
+    with pytest.raises(UserError, match=f"http.*resolve/main/{EVA}: what arrived is not the published file .*removed"):
+        fetch_eva()
+    assert os.listdir(eva_weights.parent) == []
+    server.status = 404
+    with pytest.raises(UserError, match=f"http.*resolve/main/{EVA}: the server answers 404 "):
+        fetch_eva()
+
+
+def test_the_hubs_own_address_is_taken_without_a_mirror(monkeypatch):
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    file = PUBLISHED_FILES["EVA02-CLIP-L-14"]
+    assert address(file) == f"https://huggingface.co/QuanSun/EVA-CLIP/resolve/main/{file.name}"
+
+
 def test_the_list_is_printed_from_the_repository_root_without_torch():
     command = [sys.executable, "-X", "importtime", "tools/download_weights.py", "--list"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in [*OPENAI_FILES, *EVA_FILES]) and " torch\n" not in done.stderr
+    assert all(f"{arch:24} {address(file)}\n" in done.stdout for arch, file in PUBLISHED_FILES.items())
+    assert " torch\n" not in done.stderr

@@ -17,7 +17,7 @@ from tiny import REPOSITORY, save_untrained
 from tools.motion_demo import CLASSES, generate
 
 PAGE = (REPOSITORY / "docs" / "prediction.md").read_text(encoding="utf-8")
-PROGRAMS = ("hubconf.py", "datasets", "engine", "inference", "modules", "scripts", "tools", "utils")
+PROGRAMS = ("hubconf.py", "test.py", "datasets", "engine", "inference", "modules", "scripts", "tools", "utils")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -60,7 +60,15 @@ def test_every_block_of_the_page_is_run_or_shows_output():
     assert PAGE.count("```") == 2 * len(BLOCKS)
     languages = [language for language, _ in BLOCKS]
     assert [language for language in languages if language not in ("sh", "python")] == ["", "json"]
-    assert languages.count("sh") == 6 and languages.count("python") == 4
+    assert languages.count("sh") == 7 and languages.count("python") == 4
+
+
+def test_a_test_without_a_configuration_scores_the_list_of_the_training(followed):
+    output = output_of(followed, "run_test_vision.sh")
+    views = re.findall(r"frames x (\d) crops x (\d) clips on 7 videos: top-1 ", output)
+    assert views == [("3", "2"), ("1", "1")]
+    with np.load(followed[0] / "scores.npz") as saved:
+        assert len(saved["paths"]) == 7 and json.loads(str(saved["protocol"]))["accepted_changes"] == {}
 
 
 def test_the_json_line_of_the_page_has_the_entries_of_a_real_one(followed):

@@ -184,7 +184,7 @@ def test_failed_videos_are_reported_and_tried_again(videos, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "six", "extract.json"}
 
 
-def test_a_video_that_breaks_in_the_middle_leaves_no_folder(tmp_path):
+def test_a_damaged_video_gives_what_can_be_decoded_and_is_named(tmp_path, capsys):
     path = tmp_path / "videos" / "v.mp4"
     write_video(path, count=60)
     content = bytearray(path.read_bytes())
@@ -192,19 +192,25 @@ def test_a_video_that_breaks_in_the_middle_leaves_no_folder(tmp_path):
     middle = start + 4 + (content.index(b"moov") - start) // 2
     content[middle : middle + 400] = bytes(400)
     path.write_bytes(content)
-    with pytest.raises(DataError, match="1 of 1 videos"):
+    for there in (0, 1):
         extract(tmp_path / "videos", tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "failures.json").read_text())
-    assert report["failed"][0]["reason"].startswith("after ")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"extract.json", "failures.json"}
+        assert f"{1 - there} videos extracted, {there} were there already, 0 failed" in capsys.readouterr().out
+        report = json.loads((tmp_path / "out" / "failures.json").read_text())
+        number = len(list((tmp_path / "out" / "v").iterdir()))
+        assert 50 < number < 60
+        (damaged,) = report["damaged"]
+        assert report == {"videos": 1, "failed": [], "damaged": [damaged]} and damaged["video"] == str(path)
+        assert " cannot be decoded" in damaged["reason"] and damaged["reason"].endswith(
+            f"; {number} frames were extracted"
+        )
 
 
 def test_an_interrupted_run_leaves_whole_folders_only_and_the_next_one_goes_on(videos, tmp_path, monkeypatch):
     extract(videos, tmp_path / "unbroken")
     frames = extract_frames.upright_frames
 
-    def interrupted_frames(path, short_side):
-        for number, pixels in enumerate(frames(path, short_side)):
+    def interrupted_frames(path, short_side, damage):
+        for number, pixels in enumerate(frames(path, short_side, damage)):
             if path.name == "four.webm" and number == 3:
                 raise KeyboardInterrupt
             yield pixels

@@ -271,7 +271,8 @@ def test_the_settings_of_a_custom_data_set_hold_in_training_and_testing_and_are_
     for custom in CUSTOM:
         if "flip" not in custom:
             others = [override for override in CUSTOM if override != custom]
-            other = score_run(config, tmp_path / "run" / "last_model.pt", tmp_path / "o.npz", *others)
+            changed = [*others, "--accept_changes"]
+            other = score_run(config, tmp_path / "run" / "last_model.pt", tmp_path / "o.npz", *changed)
             assert np.abs(other["scores"] - saved["scores"]).max() > 1e-6, custom
 
 

@@ -197,7 +197,7 @@ def beside_a_file(clip_config, tmp_path, monkeypatch):
     return tmp_path / "named.pt", weights
 
 
-def test_the_towers_file_is_found_by_its_hash_under_any_name(beside_a_file, video, monkeypatch):
+def test_the_towers_file_is_found_by_its_hash_under_any_name(beside_a_file, video, monkeypatch, caplog):
     path, weights = beside_a_file
     expected = Recognizer.load("ours.pt").scores([video])
     assert np.array_equal(Recognizer.load(path, weights="tower.pt").scores([video]), expected)
@@ -208,14 +208,18 @@ def test_the_towers_file_is_found_by_its_hash_under_any_name(beside_a_file, vide
     read = []
     real = tower_files.load_tower_weights
     monkeypatch.setattr(tower_files, "load_tower_weights", lambda *args: read.append(args[3]) or real(*args))
+    caplog.clear()
     with pytest.raises(CheckpointError, match="named.pt: needs the tower .* ViT-B-16.pt") as caught:
         Recognizer.load(path)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # of files that are not used
     assert "ViT-B-16.pt (another tower), clip_pretrain/b.pt (does not fit)" in caught.value.line
     assert read == ["clip_pretrain/ViT-B-16.pt", "clip_pretrain/b.pt"]  # small ones are not read
     with pytest.raises(CheckpointError, match="another frozen tower"):
         Recognizer.load(path, weights="clip_pretrain/ViT-B-16.pt")
-    torch.save(weights, "clip_pretrain/renamed.pt")
+    torch.save(weights, "clip_pretrain/renamed")
+    torch.save(weights, "clip_pretrain/a.part")  # of a download that is not finished
     assert np.array_equal(Recognizer.load(path).scores([video]), expected)
+    assert "clip_pretrain/a.part" not in read
 
 
 def test_a_checkpoint_with_its_tower_takes_no_other(checkpoint):

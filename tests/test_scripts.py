@@ -85,6 +85,19 @@ def test_testing_checks_the_overrides_only(call):
     assert launch.endswith("[test.py][--config][c.yaml][--weights][best.pt]" + "".join(f"[{flag}]" for flag in flags))
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dense"], ["data.val_list=a b.txt", "--accept_changes"]])
+def test_testing_a_checkpoint_alone_takes_no_configuration_and_checks_none(call, arguments):
+    (launch,) = call("run_test_vision.sh", "exp/lr=1/best.pt", *arguments).stdout.splitlines()
+    assert launch == "[test.py][--weights][exp/lr=1/best.pt]" + "".join(f"[{argument}]" for argument in arguments)
+
+
+@pytest.mark.parametrize("config, checkpoint", [("c.yaml", "lr=1.pt"), ("c.YAML", "best.pt"), ("dir/c", "best")])
+def test_a_configuration_before_the_checkpoint_is_one_whatever_the_two_are_called(call, config, checkpoint):
+    check, launch = call("run_test_vision.sh", config, checkpoint, "--accept_changes", "seed=1").stdout.splitlines()
+    assert check == f"[-m][utils.config][test][{config}][seed=1]"
+    assert launch == f"[test.py][--config][{config}][--weights][{checkpoint}][--accept_changes][seed=1]"
+
+
 def test_bad_config_launches_nothing(call):
     done = call("run_train_vision.sh", "c.yaml", CONFIG_STATUS="1")
     assert done.returncode == 1 and "train.py" not in done.stdout

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from modules.hashing import hash_tensors
 from modules.pretrained import read_state_dict
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError, ConfigError, UserError
+from utils.seeding import epoch_order
 from utils.signals import Stopped, StopSignals
 
 EVERY_AUGMENTATION = ["data.rand_aug=True", "data.rand_erase=True", "solver.mixup=True", "data.num_sample=2"]
@@ -81,7 +83,7 @@ def epoch_lines(folder):
     [
         ["data.batch_size=2"],
         ["data.batch_size=2", "data.workers=2"],
-        ["data.batch_size=1", "data.num_sample=2", "solver.grad_accumulation_steps=2"],
+        ["data.batch_size=1", "data.num_sample=2", "solver.grad_accumulation_steps=2", "data.balance=True"],
         ["data.batch_size=2", *EVERY_AUGMENTATION],
     ],
 )
@@ -226,7 +228,8 @@ def test_a_global_batch_that_cannot_be_shared_is_refused_with_the_numbers():
 @pytest.mark.parametrize(("world", "batch", "accumulation"), [(1, 4, 2), (2, 2, 2), (4, 2, 1), (8, 1, 1)])
 def test_every_update_sees_the_same_videos_on_any_number_of_processes(world, batch, accumulation):
     updates, seen = 5, []
-    samplers = [EpochSampler(43, updates * accumulation * batch, 7, rank, world) for rank in range(world)]
+    order = partial(epoch_order, 7, num_videos=43)
+    samplers = [EpochSampler(order, updates * accumulation * batch, rank, world) for rank in range(world)]
     for sampler in samplers:
         sampler.set_epoch(2, start=2 * accumulation * batch)
         seen.append([index for _, index in sampler])
@@ -506,8 +509,8 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     whole = score_run(*arguments, tmp_path / "whole.npz", *views)
     add, seen = PartialScores.add, []
 
-    def interrupted(self, indices, scores):
-        add(self, indices, scores)
+    def interrupted(self, indices, scores, damaged):
+        add(self, indices, scores, damaged)
         seen.extend(indices)
         if len(seen) == stopped_after:
             raise Killed
@@ -520,12 +523,21 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     with pytest.raises(UserError, match=r"holds scores of another test \(different: test_crops\); remove it"):
         score_run(*arguments, tmp_path / "s.npz", "--test_crops", "5", "test.view_batch=3")
     monkeypatch.setattr(
-        PartialScores, "add", lambda self, indices, scores: (seen.extend(indices), add(self, indices, scores))
+        PartialScores,
+        "add",
+        lambda self, indices, scores, damaged: (seen.extend(indices), add(self, indices, scores, damaged)),
     )
     resumed = score_run(*arguments, tmp_path / "s.npz", *views)
     assert sorted(seen) == list(range(7))  # each video once
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole.files)
     assert not list(tmp_path.glob("s.npz.partial-*"))
+
+
+def test_a_test_that_goes_on_knows_the_damaged_videos_of_before(tmp_path):
+    partial = PartialScores(tmp_path / "s.npz", {"crops": 3})
+    partial.add([4, 2], np.zeros((2, 5), np.float32), {2: "b.mp4: damaged"})
+    partial.write()
+    assert PartialScores(tmp_path / "s.npz", {"crops": 3}).damaged == {2: "b.mp4: damaged"}
 
 
 @pytest.mark.parametrize("place", ["a folder", "below a file"])

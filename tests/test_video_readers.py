@@ -1,8 +1,10 @@
 """Video files: in every kind of file, a decoder returns exactly the frames of the given indices or raises."""
 
 import gc
+import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -22,8 +24,10 @@ import train as train_program
 from datasets import decoders
 from datasets.annotations import VideoRecord
 from datasets.bitstreams import Picture
-from datasets.decoders import PyAVDecoder, presentation, read_packet_table
-from datasets.readers import VideoFileReader
+from datasets.decoders import FrameCountError, PyAVDecoder, decode_all, presentation, read_packet_table
+from datasets.readers import FrameBuffers, VideoFileReader, decode_image
+from datasets.video_files import missing_bytes
+from tools.extract_frames import upright_frames
 from utils.errors import ConfigError, DataError
 
 TICKS = [int(tick) for tick in np.cumsum(np.random.default_rng(0).choice([20, 40, 40, 120, 400], FRAMES))]
@@ -81,8 +85,17 @@ def open_video(path, decoder):
 
 
 def numbers(path, decoder, indices=None):
-    video = open_video(path, decoder)
-    return [number_of(frame) for frame in video.read(indices or range(video.num_frames))]
+    return [number_of(frame) for frame in read(open_video(path, decoder), indices)]
+
+
+def read(video, indices=None):
+    """The frames at indices, or all, as a data set reads them: anew if damage leaves fewer frames than promised."""
+    num_frames = video.num_frames
+    while True:
+        try:
+            return video.read(indices or range(num_frames))
+        except FrameCountError as error:
+            num_frames = error.num_frames
 
 
 def error_line(path, decoder):
@@ -176,8 +189,8 @@ X264 = {
 def test_skipping_packets_changes_no_pixel(tmp_path, options, share):
     path, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
     write_packets(path, frames=scene(FRAMES), options={"x264-params": options})
-    convert = decoders._Converter()
-    whole = [convert(frame) for frame in PyAVDecoder(str(path))._decode()]
+    convert = decoders.Converter()
+    whole = [convert(frame) for frame in decode_all(path)]
     shares = []
     for count in (1, 1, 2, 4, 8, 8):
         indices = sorted(int(index) for index in rng.choice(FRAMES, count, replace=False))
@@ -371,8 +384,25 @@ def test_auto_uses_decord_for_a_file_that_pyav_would_decode_twice(clips, tmp_pat
         assert numbers(path, "auto") == list(range(FRAMES))
         assert taken == expected
     write_packets(tmp_path / "empty.avi", frames=40, codec="mpeg4", keys=1000, empty=5)
-    with pytest.raises(DataError, match="empty.avi: decord cannot read it .*data.decoder=pyav may read it$"):
-        numbers(tmp_path / "empty.avi", "auto")
+    assert numbers(tmp_path / "empty.avi", "auto")[:40] == list(range(40))
+
+
+def test_auto_reads_with_pyav_what_decord_cannot_open(clips, monkeypatch):
+    def refuse(path):
+        raise RuntimeError("unknown codec")
+
+    monkeypatch.setattr(decoders, "MOST_HELD", 1)
+    monkeypatch.setitem(decoders.DECODERS, "decord", refuse)
+    assert numbers(clips("MPEG-4, B-frames.avi"), "auto") == list(range(FRAMES))
+
+
+@pytest.mark.parametrize("decoder", [*DECODERS, "auto"])
+def test_a_relative_root_with_a_colon_is_a_path(clips, tmp_path, monkeypatch, decoder):
+    (tmp_path / "k400:val").mkdir()
+    (tmp_path / "k400:val" / "a.mp4").write_bytes(clips("B-frames.mp4").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    record = VideoRecord("a.mp4", None, 0, "list.txt:3")
+    assert VideoFileReader("k400:val", decoder).open(record).num_frames == FRAMES
 
 
 # Damaged files
@@ -405,19 +435,20 @@ def test_an_mp4_that_ends_inside_a_frame_is_read_by_pyav_and_raises_with_decord(
     assert numbers(path, "pyav") == numbers(path, "decord") == list(range(30))
 
 
-def test_a_frame_that_cannot_be_decoded_is_an_error_if_the_packet_table_counts_it(clips, tmp_path):
+def test_a_packet_without_a_decodable_frame_lowers_the_count_when_it_is_met(clips, tmp_path):
     path = tmp_path / "clip.mp4"
     data = bytearray(clips("a single key.mp4").read_bytes())
     with av.open(str(clips("a single key.mp4"))) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][20]
     data[packet.pos + 5 : packet.pos + 7] = b"\x82\0"  # first_mb_in_slice 0, and a slice_type that does not exist
     path.write_bytes(data)
-    assert open_video(path, "pyav").num_frames == FRAMES
-    assert numbers(path, "pyav", [3, 10]) == [3, 10] and numbers(path, "pyav", [3, 40]) == [3, 40]
-    with pytest.raises(
-        DataError, match=r"pyav cannot read it \(50 packets hold a frame, but .. frames can be decoded\)"
-    ):
-        numbers(path, "pyav", [3, 30])
+    video = open_video(path, "pyav")
+    assert video.num_frames == FRAMES
+    assert numbers(path, "pyav", [3, 10]) == [3, 10]
+    with pytest.raises(FrameCountError, match="50 packets hold a frame, but 49 frames can be decoded") as raised:
+        video.read([3, 30])
+    assert raised.value.num_frames == FRAMES - 1
+    assert len(video.read(range(FRAMES - 1))) == FRAMES - 1
 
 
 @pytest.mark.parametrize("empty", [5, 200])  # decord has 128 end marks, and would wait forever after the last one
@@ -427,9 +458,123 @@ def test_packets_without_a_picture_are_an_error_with_decord_because_it_counts_th
     assert numbers(path, "pyav")[:40] == list(range(40))
     assert open_video(path, "decord").num_frames == 40 + empty
     assert numbers(path, "decord", [0, 39]) == [0, 39]
-    for indices in ([42], [30, 40 + empty // 2], [39 + empty]):  # some FFmpeg give the last picture twice
+    for indices in ([42], [30, 40 + empty // 2], [38 + empty]):  # some FFmpeg give the last picture twice
         with pytest.raises(DataError, match="clip.mp4: decord cannot read it .*data.decoder=pyav may read it$"):
             numbers(path, "decord", indices)
+
+
+@pytest.mark.parametrize("spoilt", [0, 20])
+@pytest.mark.parametrize("held", [decoders.MOST_HELD, 0])
+def test_decoding_goes_on_behind_a_packet_that_cannot_be_decoded(tmp_path, monkeypatch, spoilt, held):
+    monkeypatch.setattr(decoders, "MOST_HELD", held)
+    path = tmp_path / "clip.avi"
+    write_packets(path, codec="mjpeg", pixel_format="yuvj420p")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][spoilt]
+    data = bytearray(path.read_bytes())
+    data[packet.pos + 8 : packet.pos + 8 + packet.size] = bytes(packet.size)
+    path.write_bytes(data)
+    assert numbers(path, "pyav") == [number for number in range(FRAMES) if number != spoilt]
+
+
+DAMAGED = {
+    "clip.mp4": {"options": {"g": "12"}},
+    "clip.mkv": {"b_frames": 2},
+    "clip.ts": {"b_frames": 2},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "keyint=12:log-level=none"}},
+    "motion.avi": {"codec": "mjpeg", "pixel_format": "yuvj420p"},
+    "part4.avi": {"codec": "mpeg4"},
+    "vp8.webm": {"codec": "libvpx"},
+    "vp9.webm": VP9,
+}
+
+
+def damage_packet(source, target, number, start):
+    """Copy a file, and write noise over one packet from byte `start` on; return False if the muxer refuses it."""
+    noise = np.random.default_rng(number).integers(0, 256, 2**16, dtype=np.uint8).tobytes()
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = (packet for packet in old.demux(video=0) if packet.size)
+        for place, packet in enumerate(packets):
+            content = bytes(packet)
+            if place == number:
+                content = content[:start] + noise[: len(content) - start]
+            copy = av.Packet(content)
+            copy.stream, copy.pts, copy.dts, copy.time_base = stream, packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.duration = packet.is_keyframe, packet.duration
+            new.mux(copy)
+
+
+def frames_of_ffmpeg(path):
+    """What FFmpeg's own programs decode: they go on behind a packet that fails."""
+    frames, complaints, convert = [], 0, decoders.Converter()
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for packet in container.demux(video=0):
+            try:
+                decoded = packet.decode()
+            except av.FFmpegError:
+                complaints += 1
+                continue
+            complaints += sum(frame.is_corrupt for frame in decoded)
+            frames += map(convert, decoded)
+    return frames, complaints
+
+
+@pytest.mark.parametrize("number", [0, 20, FRAMES - 1])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_gives_what_ffmpeg_decodes_and_says_that_it_is_damaged(tmp_path, name, number):
+    whole, path = tmp_path / f"whole {name}", tmp_path / name
+    write_packets(whole, **DAMAGED[name])
+    for start in (12, 60):
+        damage_packet(whole, path, number, start)
+        expected, complaints = frames_of_ffmpeg(path)
+        video = open_video(path, "pyav")
+        frames = read(video)
+        assert len(frames) == len(expected)
+        assert all(np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=True))
+        if complaints or len(expected) < FRAMES:
+            assert video.damage().startswith(f"{path}: damaged (") and "listed at list.txt:3" in video.damage()
+        for indices in ([3], [15, 22, 25], [len(expected) - 1]):
+            again = open_video(path, "pyav")
+            assert np.array_equal(read(again, indices), [expected[index] for index in indices]) or (
+                again.num_frames != len(expected)  # the damage lies elsewhere and was not met
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_file_is_never_called_damaged(clips, kind):
+    video = open_video(clips(kind), "pyav")
+    read(video)
+    assert video.damage() is None
+    assert missing_bytes(str(clips(kind))) == 0
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "long.mp4", "clip.mov", "clip.avi", "clip.mkv", "clip.webm"])
+def test_a_file_that_ends_before_its_header_says_is_damaged(tmp_path, name):
+    path = tmp_path / name
+    codec = {"avi": "mpeg4", "webm": "libvpx"}.get(path.suffix[1:], "libx264")
+    options = {} if path.suffix not in (".mp4", ".mov") else {"movflags": "faststart"}
+    if name == "long.mp4":
+        options = {"movflags": "frag_keyframe+empty_moov"}
+    write_packets(path, codec=codec, container_options=options)
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        middle = [packet.pos for packet in container.demux(video=0) if packet.size][FRAMES // 2]
+    for cut, most in ((len(content) - 1, FRAMES), (middle + 5, FRAMES // 2 + 1)):
+        path.write_bytes(content[:cut])
+        video = open_video(path, "pyav")
+        assert most - 2 <= len(read(video)) <= most
+        # A fragmented file states the length of each fragment only.
+        missing = r"\d+" if name == "long.mp4" else len(content) - path.stat().st_size
+        assert re.search(f"the file ends {missing} bytes before the end that its header states", video.damage())
+
+
+def test_the_last_frame_that_only_decord_counts_is_no_error(tmp_path):
+    path = tmp_path / "clip.avi"
+    write_packets(path, frames=40, codec="mpeg4", keys=1000, empty=1)
+    assert open_video(path, "decord").num_frames == 41
+    assert numbers(path, "decord") == list(range(40))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -450,6 +595,21 @@ def test_a_file_that_is_not_a_video_is_an_error_of_one_line(clips, tmp_path, dec
     error_line(tmp_path / "sound.mp4", decoder)
 
 
+def test_cover_art_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(numbered_picture(3), format="rgb24")
+        container.mux([*cover.encode(picture), *cover.encode(None)])
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), dtype=np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*sound.encode(frame), *sound.encode(None)])
+    assert "it holds no video" in error_line(path, "pyav")
+
+
 # Pixels
 
 
@@ -459,6 +619,49 @@ def scene(frames, width=WIDTH, height=HEIGHT):
     noise = rng.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
     wide = Image.fromarray(noise).resize((width + frames, height + frames), Image.BICUBIC)
     return [np.asarray(wide.crop((i, i, i + width, i + height))) for i in range(frames)]
+
+
+def test_grey_images_of_16_bits_are_scaled_and_those_without_a_range_refused():
+    def saved(levels, kind):
+        file = io.BytesIO()
+        Image.fromarray(levels).save(file, kind)
+        return file.getvalue()
+
+    levels = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
+    pixels, _ = decode_image(saved(levels, "PNG"), FrameBuffers([]))
+    assert np.array_equal(pixels, np.array([[[0] * 3, [0] * 3, [1] * 3, [128] * 3, [255] * 3]]))
+    with pytest.raises(ValueError, match="its mode is F"):
+        decode_image(saved(levels.astype(np.float32), "TIFF"), FrameBuffers([]))
+
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("PA", "TIFF"), ("RGB", "PNG"), ("RGBA", "PNG"),
+     ("CMYK", "TIFF"), ("YCbCr", "TIFF")],
+)  # fmt: skip
+def test_an_image_of_any_mode_gives_what_pillow_shows_of_it(mode, kind):
+    image, file = Image.fromarray(LEVELS).convert(mode), io.BytesIO()
+    image.save(file, kind)
+    assert Image.open(io.BytesIO(file.getvalue())).mode == mode
+    pixels, complaint = decode_image(file.getvalue(), FrameBuffers([]))
+    assert np.array_equal(pixels, image.convert("RGB")) and complaint is None
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparent_pixels_are_an_error_because_they_show_what_lies_behind(mode):
+    image, file = Image.fromarray(LEVELS).convert("RGBA"), io.BytesIO()
+    if mode == "P":
+        image.convert("RGB").convert("P").save(
+            file, "PNG", transparency=image.convert("RGB").convert("P").getpixel((0, 0))
+        )
+    else:
+        image.putpixel((1, 1), (9, 9, 9, 100))
+        image.convert(mode).save(file, "PNG")
+    with pytest.raises(ValueError, match="3 % of its pixels are transparent; save it on a background, without alpha"):
+        decode_image(file.getvalue(), FrameBuffers([]))
 
 
 def test_frames_have_the_channels_and_rows_of_the_pictures(tmp_path):
@@ -498,6 +701,43 @@ def test_both_decoders_turn_a_video_upright(clips, tmp_path, quarters):
     assert decord.shape == pyav.shape == ((HEIGHT, WIDTH, 3) if quarters == 2 else (WIDTH, HEIGHT, 3))
     assert np.abs(np.subtract(decord, pyav, dtype=int)).max() <= 2
     assert number_of(np.rot90(decord, quarters)) == 5
+
+
+# (a, b, c, d) of the display matrix -> the frame on the screen
+SHOWN = {
+    (1, 0, 0, 1): lambda frame: frame,
+    (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
+    (1, 0, 0, -1): lambda frame: frame[::-1],
+    (-1, 0, 0, -1): lambda frame: frame[::-1, ::-1],
+    (0, 1, 1, 0): lambda frame: frame.transpose(1, 0, 2),
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),
+    (0, -1, 1, 0): lambda frame: np.rot90(frame),
+    (0, -1, -1, 0): lambda frame: frame[::-1, ::-1].transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("matrix", SHOWN)
+def test_all_eight_display_matrices_come_out_upright_and_unmirrored(clips, tmp_path, matrix):
+    data = bytearray(clips("constant rate.mp4").read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 4 + 40, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(data)
+    stored = open_video(clips("constant rate.mp4"), "pyav").read([5])[0]
+    assert np.array_equal(open_video(path, "pyav").read([5])[0], SHOWN[matrix](stored))
+    assert np.array_equal(list(upright_frames(path, HEIGHT))[5], SHOWN[matrix](stored))
+
+
+def test_the_interlaced_flag_changes_no_pixel(tmp_path):
+    """The flag is set on a stream of the same lossless pixels."""
+    for name, flag in (("plain.mp4", "0"), ("flagged.mp4", "1")):
+        options = {"qp": "0", "x264-params": f"fake-interlaced={flag}:tff={flag}"}
+        write_packets(tmp_path / name, frames=scene(3), options=options)
+    flagged, plain = (PyAVDecoder(str(tmp_path / name)) for name in ("flagged.mp4", "plain.mp4"))
+    assert [frame.interlaced_frame for frame in decode_all(tmp_path / "flagged.mp4")] == [True] * 3
+    assert np.array_equal(flagged.read([0, 1, 2]), plain.read([0, 1, 2]))
+    one, two = (list(upright_frames(tmp_path / name, 32)) for name in ("flagged.mp4", "plain.mp4"))
+    assert np.array_equal(one, two)
 
 
 # Processes and libraries

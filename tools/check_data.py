@@ -19,8 +19,8 @@ import contextlib
 import functools
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,16 @@ from datasets.annotations import (
 )
 from datasets.flips import flip_pairs, mirror_words, suggests_side
 from engine.configuration import read_config
-from tools.check_videos import Finding, Task, check_frame_folder, check_video_file, died
+from tools.check_videos import (
+    Checked,
+    Finding,
+    Task,
+    check_each,
+    check_frame_folder,
+    check_segments,
+    check_video_file,
+    died,
+)
 from utils.atomic import write_json, write_text
 from utils.config import Purpose, load_config
 from utils.errors import ConfigError, DataError, UserError, run_program
@@ -132,9 +141,9 @@ def check(config_path: str, data: DotMap, lists: list[AnnotationList], workers: 
 
     for each in lists:
         each.findings.extend(line_findings(each, data))
-    first_of: dict[str, tuple[str, VideoRecord]] = {}
+    known: dict[str, list[tuple[str, VideoRecord]]] = {}
     for each in validation_first(lists):
-        each.findings.extend(shared_path_findings(each, first_of))
+        each.findings.extend(shared_path_findings(each, known))
         bad_places = each.bad_places
         each.records = [record for record in each.records if record.source not in bad_places]
     for each in lists:
@@ -208,7 +217,7 @@ def line_findings(each: AnnotationList, data: DotMap) -> Iterator[Finding]:
                 continue
             each.lines += 1
             try:
-                parsed.append(parse_line(source, line, data.num_classes, data.modality))
+                parsed.append(parse_line(source, line, data.num_classes, data.modality, data.segments))
             except DataError as error:
                 yield Finding("error", "line", source, without_place(error, source))
     except DataError as error:
@@ -232,24 +241,42 @@ def without_place(error: DataError, place: str) -> str:
     return error.line.removeprefix(f"{place}: ")
 
 
-def shared_path_findings(each: AnnotationList, first_of: dict[str, tuple[str, VideoRecord]]) -> Iterator[Finding]:
-    """Paths that are listed before, in this list or in the validation list.
+def shared_path_findings(each: AnnotationList, known: dict[str, list[tuple[str, VideoRecord]]]) -> Iterator[Finding]:
+    """Videos that are listed before, in this list or in the validation list.
 
     Args:
-        first_of: absolute path -> (part, record) of its first line, over all lists; filled here.
+        known: absolute path -> (part, record) of its lines before, over all lists; filled here.
     """
     for record in each.records:
-        path = os.path.normpath(os.path.join(os.path.abspath(each.root), record.path))
-        part, first = first_of.setdefault(path, (each.part, record))
-        if first is record:
-            continue
-        if part == each.part:
+        before = known.setdefault(os.path.normpath(os.path.join(os.path.abspath(each.root), record.path)), [])
+        same = next((other for other in before if span(other[1]) == span(record)), None)
+        if same is None:
+            shared = next((other for part, other in before if part != each.part and overlap(other, record)), None)
+            if shared is not None:
+                message = f"{record.name}: shares frames with the validation video at {shared.source}, {shared.name}"
+                yield Finding.at(record, "warning", "overlap", message)
+            before.append((each.part, record))
+        elif same[0] == each.part:
+            first = same[1]
             differs = "" if first.label == record.label else f" with another label, {first.label}"
-            message = f"{record.path}: listed before{differs}, at {first.source}"
+            message = f"{record.name}: listed before{differs}, at {first.source}"
             yield Finding.at(record, "error", "duplicate", message)
         else:
-            message = f"{record.path}: is a validation video too, at {first.source}"
+            message = f"{record.name}: is a validation video too, at {same[1].source}"
             yield Finding.at(record, "error", "overlap", message)
+
+
+def span(record: VideoRecord) -> tuple[int, int] | None:
+    """First frame of a segment and the first one behind it; None for a whole video."""
+    if record.first_frame is None or record.num_frames is None:
+        return None
+    return record.first_frame, record.first_frame + record.num_frames
+
+
+def overlap(a: VideoRecord, b: VideoRecord) -> bool:
+    """Whether two segments of one video share a frame."""
+    spans = span(a), span(b)
+    return spans[0] is None or spans[1] is None or (spans[0][0] < spans[1][1] and spans[1][0] < spans[0][1])
 
 
 def label_findings(each: AnnotationList, num_classes: int, names: list[str] | None) -> Iterator[Finding]:
@@ -279,29 +306,49 @@ def folder_name(class_name: str) -> str:
 
 def check_files(lists: list[AnnotationList], data: DotMap, workers: int) -> None:
     """Check the files of every record in several processes, and compare the videos' contents."""
-    if data.modality == "video":
-        read = functools.partial(check_video_file, decoder=data.decoder)
+    read: Callable[[list[Task]], list[Checked]]
+    if data.modality == "video" and data.segments:
+        read = functools.partial(check_segments, decoder=data.decoder, on_damage=data.on_damage)
+    elif data.modality == "video":
+        check = functools.partial(check_video_file, decoder=data.decoder, on_damage=data.on_damage)
+        read = functools.partial(check_each, check=check)
     else:
-        read = functools.partial(
+        check = functools.partial(
             check_frame_folder,
             image_tmpl=data.image_tmpl,
             index_base=data.index_base,
             count_frames=data.count_frames,
+            on_damage=data.on_damage,
         )
+        read = functools.partial(check_each, check=check)
     list_of = {each.part: each for each in lists}
-    tasks = (Task(each.part, each.root, record) for each in validation_first(lists) for record in each.records)
+    tasks = [Task(each.part, each.root, record) for each in validation_first(lists) for record in each.records]
+    groups = [[task] for task in tasks]
+    if data.segments:  # the segments of a file are checked together
+        of_path: dict[str, list[Task]] = defaultdict(list)
+        for task in tasks:
+            of_path[os.path.normpath(os.path.abspath(task.path))].append(task)
+        groups = list(of_path.values())
     first_of: dict[bytes, VideoRecord] = {}
-    results, total = parallel_map(read, tasks, workers, died), sum(len(each.records) for each in lists)
+    videos_of: dict[str, list[VideoRecord]] = {}
+    results = parallel_map(read, groups, workers, died)
     with (
         contextlib.closing(results),
-        tqdm(results, desc="videos", unit="video", disable=None, total=total) as progress,
+        tqdm(results, desc="videos", unit="video", disable=None, total=len(groups)) as progress,
     ):
-        for task, (found, digest) in progress:
-            findings, record = list_of[task.part].findings, task.record
-            findings.extend(found)
-            if digest is not None and (first := first_of.setdefault(digest, record)) is not record:
-                message = f"{record.path}: has the same content as {first.path}, at {first.source}"
-                findings.append(Finding.at(record, "warning", "content", message))
+        for group, results_of_group in progress:
+            for task, checked in zip(group, results_of_group, strict=True):
+                findings, record, digest = list_of[task.part].findings, task.record, checked.digest
+                findings.extend(checked.findings)
+                for kind in checked.kinds:
+                    videos_of.setdefault(kind, []).append(record)
+                if digest is not None and (first := first_of.setdefault(digest, record)) is not record:
+                    message = f"{record.name}: has the same content as {first.name}, at {first.source}"
+                    findings.append(Finding.at(record, "warning", "content", message))
+    if len(videos_of) > 1:
+        kinds = sorted(videos_of.items(), key=lambda item: -len(item[1]))
+        told = ", ".join(f"{kind} ({len(videos)} videos, the first {videos[0].name})" for kind, videos in kinds)
+        lists[0].findings.append(Finding("warning", "mixed", lists[0].path, f"frames of several kinds: {told}"))
 
 
 # Reports

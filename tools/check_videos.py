@@ -3,22 +3,26 @@
 import hashlib
 import io
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import av
 import simplejpeg
 from PIL import Image
 
 from datasets.annotations import VideoRecord
-from datasets.decoders import decode_all
+from datasets.decoders import Damage, FrameCountError, decode_all, describe_damage, open_container
+from datasets.frame_archives import Frames, open_frames
 from datasets.frame_files import frame_pattern
-from datasets.readers import JPEG_START, VideoFileReader
+from datasets.readers import JPEG_START, OpenedVideo, VideoFileReader, seen_by_a_person
+from datasets.segments import SegmentError, check_end, count_frames
 from utils.errors import UserError
 
 CHUNK = 1 << 20
 HASH_BYTES = 16
+MOST_FRAMES = 10**7  # of a line whose files are looked up by name; a wrong number must not fill the memory
 WHOLE_SHARE = 0.9  # of the stated length: the last frame may be shown longer, or the sound may outlast the pictures
 
 
@@ -65,38 +69,86 @@ class Task:
         return os.path.join(self.root, self.record.path)
 
 
-# Findings of one video, and the hash of its content, None if it is not to be compared with other videos.
-Checked = tuple[list[Finding], bytes | None]
+@dataclass(frozen=True)
+class Checked:
+    """What one video gave.
+
+    digest: hash of its content, None if it is not to be compared with other videos
+    kinds: format and mode of its frames, such as "PNG RGBA"; empty for a video file
+    """
+
+    findings: list[Finding]
+    digest: bytes | None = None
+    kinds: frozenset[str] = frozenset()
 
 
-def died(task: Task) -> Checked:
-    """The result for a video whose process ended."""
-    message = f"{task.path}: the process that read it ended: a crash in the decoder, or not enough memory"
-    return [Finding.at(task.record, "error", "unreadable", message)], None
+def died(tasks: list[Task]) -> list[Checked]:
+    """The results for videos whose process ended."""
+    message = f"{tasks[0].path}: the process that read it ended: a crash in the decoder, or not enough memory"
+    return [Checked([Finding.at(task.record, "error", "unreadable", message)]) for task in tasks]
+
+
+def check_each(tasks: list[Task], check: Callable[[Task], Checked]) -> list[Checked]:
+    """The results of `check` for each task."""
+    return [check(task) for task in tasks]
 
 
 # Folders of frames
 
 
-def check_frame_folder(task: Task, image_tmpl: str, index_base: int, count_frames: bool) -> Checked:
+def check_frame_folder(
+    task: Task, image_tmpl: str, index_base: int, count_frames: bool, on_damage: str = "accept"
+) -> Checked:
     """Check the numbers of the frames and decode each one. A folder with findings gets no hash."""
-    digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    findings = list(frame_folder_findings(task, image_tmpl, index_base, count_frames, digest))
-    return findings, None if findings else digest.digest()
+    digest, kinds = hashlib.blake2b(digest_size=HASH_BYTES), set[str]()
+    findings = list(frame_folder_findings(task, image_tmpl, index_base, count_frames, on_damage, digest, kinds))
+    return Checked(findings, None if findings else digest.digest(), frozenset(kinds))
 
 
 def frame_folder_findings(
-    task: Task, image_tmpl: str, index_base: int, count_frames: bool, digest: "hashlib.blake2b"
+    task: Task,
+    image_tmpl: str,
+    index_base: int,
+    count_frames: bool,
+    on_damage: str,
+    digest: "hashlib.blake2b",
+    kinds: set[str],
 ) -> Iterator[Finding]:
-    """What is wrong with a folder of frames. Updates `digest` with the content of every frame."""
+    """What is wrong with a folder or zip file of frames. Updates `digest` with the content of each frame, and `kinds`
+    with its kind.
+    """
     record = task.record
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
     try:
-        files = set(os.listdir(folder))
+        frames = open_frames(folder)
+    except UserError as error:
+        yield Finding.at(record, "error", "unreadable", error.line)
+        return
+    with frames:
+        yield from frame_findings(frames, record, template, index_base, count_frames, on_damage, digest, kinds)
+
+
+def frame_findings(
+    frames: Frames,
+    record: VideoRecord,
+    template: str,
+    index_base: int,
+    count_frames: bool,
+    on_damage: str,
+    digest: "hashlib.blake2b",
+    kinds: set[str],
+) -> Iterator[Finding]:
+    """What is wrong with opened frames; arguments of `frame_folder_findings`."""
+    folder = frames.path
+    try:
+        files = frames.names()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         advice = "; data.modality: video reads video files" if isinstance(error, NotADirectoryError) else ""
         reason = getattr(error, "strerror", None) or error
         yield Finding.at(record, "error", "missing", f"{folder}: {reason}{advice}")
+        return
+    except UserError as error:
+        yield Finding.at(record, "error", "unreadable", error.line)
         return
     pattern = frame_pattern(template)
     count = sum(pattern.fullmatch(file) is not None for file in files)
@@ -106,20 +158,19 @@ def frame_folder_findings(
         return
 
     num_frames = count if count_frames else record.num_frames
-    wanted = [template.format(number) for number in range(index_base, index_base + num_frames)]
+    start = index_base + (record.first_frame or 0)
+    wanted = [template.format(number) for number in range(start, start + min(num_frames, MOST_FRAMES))]
     missing = [name for name in wanted if name not in files]
-    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}, {count} files"
-    if index_base == 1:
-        shifted = bool(missing) and template.format(0) in files
-    else:
-        shifted = wanted[0] in missing and template.format(num_frames) in files
-    if shifted:
-        message = f"numbered from {1 - index_base}, not from {index_base}: {missing[0]} is missing; {listed}"
+    since = "" if record.first_frame is None else f" from frame {record.first_frame} on"
+    listed = f"{num_frames} frames {'counted' if count_frames else 'listed'}{since}, {count} files"
+    first = min(number for number in map(pattern.number, files) if number is not None)
+    if missing and first != index_base and template.format(first + (record.first_frame or 0) + num_frames - 1) in files:
+        message = f"numbered from {first}, not from {index_base}: {missing[0]} is missing; {listed}"
         yield Finding.at(record, "error", "index_base", f"{folder}: {message}; see data.index_base")
     elif missing:
         kind = "gap" if set(wanted[wanted.index(missing[0]) :]) & files else "count"
         yield Finding.at(record, "error", kind, f"{folder}: {and_more(missing)} missing; {listed}")
-    elif count > num_frames:
+    elif count > num_frames and record.first_frame is None:
         yield Finding.at(record, "warning", "count", f"{folder}: {listed}: the others are never read")
 
     sizes: Counter[tuple[int, int]] = Counter()
@@ -127,13 +178,11 @@ def frame_folder_findings(
     damaged: list[tuple[str, str]] = []
     for name in (name for name in wanted if name in files):
         try:
-            if not os.path.isfile(path := os.path.join(folder, name)) and os.path.exists(path):
-                raise OSError("a pipe, a socket, a device or a folder")  # opening a pipe would wait forever
-            with open(os.path.join(folder, name), "rb") as file:
-                content = file.read()
+            content = frames.read(name)
             digest.update(content)
-            size, complaint = decoded(content)
+            size, kind, complaint = decoded(content)
             sizes[size] += 1
+            kinds.add(kind)
             if complaint is not None:
                 damaged.append((name, complaint))
         except Exception as error:  # Pillow raises many exception types for broken files
@@ -145,13 +194,18 @@ def frame_folder_findings(
     if damaged:
         names = and_more([name for name, _ in damaged])
         message = f"{folder}: {names} damaged, but decoded ({damaged[0][1]}); extract it again"
-        yield Finding.at(record, "warning", "damaged", message)
+        yield Finding.at(record, damage_severity(on_damage), "damaged", message)
     if len(sizes) > 1:
         yield Finding.at(record, "warning", "sizes", f"{folder}: {shown_sizes(sizes)}")
 
 
-def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
-    """((width, height), complaint of libjpeg or None) of an image that can be decoded to its end.
+def damage_severity(on_damage: str) -> str:
+    """With `data.on_damage: error`, a damaged video is one that cannot be read."""
+    return "error" if on_damage == "error" else "warning"
+
+
+def decoded(content: bytes) -> tuple[tuple[int, int], str, str | None]:
+    """((width, height), format and mode, complaint of libjpeg or None) of an image that can be decoded to its end.
 
     Raises what Pillow raises, and EOFError for no content. simplejpeg decodes JPEG files first: Pillow says nothing
     about damage inside them.
@@ -165,71 +219,117 @@ def decoded(content: bytes) -> tuple[tuple[int, int], str | None]:
             if colours not in ("CMYK", "YCCK"):
                 # Decoding at 1/8 of the size reads every bit and skips most transforms, which cannot fail.
                 simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1, min_factor=8)
-                return (width, height), None
+                return (width, height), "JPEG L" if colours == "Gray" else "JPEG RGB", None
         except ValueError as error:
             complaint = str(error)
     with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        return image.size, complaint
+        kind = f"{image.format} {image.mode}"
+        seen_by_a_person(image)
+        return image.size, kind, complaint
 
 
 # Video files
 
 
-def check_video_file(task: Task, decoder: str) -> Checked:
+def check_video_file(task: Task, decoder: str, on_damage: str = "accept") -> Checked:
     """Decode a video to its end with PyAV, then read its last frame with `decoder`, as training does.
 
-    A video that PyAV cannot decode to its end gets no hash.
+    A video that cannot be decoded gets no hash.
     """
     record, path = task.record, task.path
     if not os.path.isfile(path):
         shorter = path.rpartition(" ")[0]
         too_many = os.path.isfile(shorter) and f"; {shorter} is: a line must read 'path label', with no number between"
-        return [Finding.at(record, "error", "missing", f"{path}: no such video{too_many or ''}")], None
+        return Checked([Finding.at(record, "error", "missing", f"{path}: no such video{too_many or ''}")])
     if os.path.getsize(path) == 0:
-        return [Finding.at(record, "error", "empty", f"{path}: the file is empty")], None
+        return Checked([Finding.at(record, "error", "empty", f"{path}: the file is empty")])
 
     sizes: Counter[tuple[int, int]] = Counter()
-    corrupt, times = 0, []
+    damage, times = Damage(), []
     try:
-        for frame in decode_all(path):
+        for frame in decode_all(path, damage):
             sizes[frame.width, frame.height] += 1
-            corrupt += frame.is_corrupt
             times.append(frame.time)
         stated = stated_seconds(path)
         digest = file_hash(path)
     except Exception as error:  # decoders raise many exception types
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         message = f"{path}: cannot be decoded after {len(times)} frames ({reason})"
-        return [Finding.at(record, "error", "unreadable", message)], None
+        return Checked([Finding.at(record, "error", "unreadable", message)])
     if not times:
-        return [Finding.at(record, "error", "unreadable", f"{path}: no frame can be decoded")], None
+        return Checked([Finding.at(record, "error", "unreadable", f"{path}: no frame can be decoded")])
 
     findings = list(reading_findings(task, decoder, len(times)))
-    if corrupt:
-        message = f"{path}: {corrupt} of {len(times)} frames are damaged, says the decoder"
-        findings.append(Finding.at(record, "warning", "damaged", message))
-    if stated is not None and len(times) > 1:
+    if (damaged := describe_damage(path, damage)) is not None:
+        message = f"{path}: damaged ({damaged}); {len(times)} frames can be decoded"
+        findings.append(Finding.at(record, damage_severity(on_damage), "damaged", message))
+    elif stated is not None and len(times) > 1 and None not in times:
         shown = (times[-1] - times[0]) * len(times) / (len(times) - 1)
         if shown < WHOLE_SHARE * stated:
             message = f"{path}: the pictures end after {shown:.2f} s of the {stated:.2f} s that the file states"
             findings.append(Finding.at(record, "warning", "cut_off", message))
     if len(sizes) > 1:
         findings.append(Finding.at(record, "warning", "sizes", f"{path}: {shown_sizes(sizes)}"))
-    return findings, digest
+    return Checked(findings, digest)
+
+
+def check_segments(tasks: list[Task], decoder: str, on_damage: str = "accept") -> list[Checked]:
+    """Check segments of one video file: the whole file once, and whether each segment lies in it.
+
+    The first segment gets the warnings about the file, each segment the errors.
+    """
+    first = tasks[0]
+    whole = replace(first, record=replace(first.record, num_frames=None, first_frame=None))
+    checked = check_video_file(whole, decoder, on_damage)
+    found, digest = checked.findings, checked.digest
+    errors = [finding for finding in found if finding.severity == "error"]
+    count = None if errors else count_frames(first.path)
+    results = []
+    for task in tasks:
+        record = task.record
+        findings = [replace(finding, place=record.source, path=record.path) for finding in errors]
+        findings += (finding for finding in found if task is first and finding not in errors)
+        try:
+            if count is not None:
+                check_end(record.first_frame, record.num_frames, count)
+        except SegmentError as error:
+            findings.append(Finding.at(record, "error", "segment", f"{task.path}: {error}"))
+        part = f"{record.first_frame} {record.num_frames}".encode()
+        content = None if digest is None else hashlib.blake2b(digest + part, digest_size=HASH_BYTES).digest()
+        results.append(Checked(findings, content))
+    return results
 
 
 def reading_findings(task: Task, decoder: str, num_frames: int) -> Iterator[Finding]:
     """What goes wrong when the reader of training counts the frames and reads the last one."""
     try:
         video = VideoFileReader(task.root, decoder).open(task.record)
-        if video.num_frames != num_frames:
-            message = f"{task.path}: {decoder} counts {video.num_frames} frames, but {num_frames} can be decoded"
-            yield Finding.at(task.record, "error", "unreadable", message)
-        video.read([video.num_frames - 1])
+        counted, problem = last_frame(video)
     except UserError as error:
-        message = f"{task.path}: {error.line.removeprefix(f'{task.path}: ')}"
+        yield Finding.at(task.record, "error", "unreadable", with_path(task, error))
+        return
+    if counted != num_frames and (decoder == "decord" or counted > num_frames):
+        message = f"{task.path}: {decoder} counts {counted} frames, but {num_frames} can be decoded"
         yield Finding.at(task.record, "error", "unreadable", message)
+    if problem is not None:
+        yield Finding.at(task.record, "error", "unreadable", with_path(task, problem))
+
+
+def last_frame(video: OpenedVideo) -> tuple[int, UserError | None]:
+    """Read the last frame; return the number of frames, and why the frame cannot be read."""
+    counted = video.num_frames
+    while True:
+        try:
+            video.read([counted - 1])
+            return counted, None
+        except FrameCountError as error:
+            counted = error.num_frames
+        except UserError as error:
+            return counted, error
+
+
+def with_path(task: Task, error: UserError) -> str:
+    return f"{task.path}: {error.line.removeprefix(f'{task.path}: ')}"
 
 
 def stated_seconds(path: str) -> float | None:
@@ -238,14 +338,15 @@ def stated_seconds(path: str) -> float | None:
     Decoding a file of these formats that was cut off raises no error, so the length has to be compared. None for other
     formats, and where the length is unknown, as in a file with sound and no tag.
     """
-    with av.open(path) as container:
+    with open_container(path) as container:
         if "matroska" not in container.format.name:
             return None
         stream = container.streams.best("video")
         tag = stream.metadata.get("DURATION")
         if tag is not None:
-            hours, minutes, seconds = tag.split(":")
-            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+            if (parts := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d*)?)", tag.strip())) is None:
+                return None  # some programs write other texts
+            return 3600 * int(parts[1]) + 60 * int(parts[2]) + float(parts[3])
         alone = len(container.streams) == 1 and container.duration is not None
         return container.duration / av.time_base if alone else None
 

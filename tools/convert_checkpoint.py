@@ -40,6 +40,7 @@ from modules.checkpoint import (
     save_safetensors,
 )
 from modules.hashing import hash_tensors
+from modules.pretrained import is_safetensors
 from modules.released import released_names
 from modules.side4video import Side4Video
 from utils.errors import CheckpointError, run_program
@@ -135,7 +136,7 @@ def load(config: DotMap, path: Path, keep_dtype: bool = True) -> tuple[Side4Vide
 
 
 def form_of(path: Path, checkpoint: dict[str, Any]) -> str:
-    if path.suffix == SAFETENSORS:
+    if is_safetensors(path):
         return "safetensors"
     return "official" if is_released(checkpoint) else "ours"
 

@@ -164,7 +164,7 @@ def describe(
 ) -> dict[str, Any]:
     """All that decides what the shards hold: a shard with other facts belongs to another run."""
     config, model = recognizer.config, recognizer.model
-    videos = [(record.path, record.num_frames, record.label) for record in records]
+    videos = [(record.name, record.num_frames, record.label) for record in records]
     return {
         "format": FORMAT,
         "content": output.name,
@@ -278,7 +278,7 @@ def write_shard(
 def write_index(out: Path, paths: list[Path], records: list[VideoRecord], facts: dict[str, Any]) -> None:
     """Write index.json: the facts of the run, and for each video of the list where its tensor is."""
     videos = [
-        {"path": record.path, "label": record.label, "num_frames": None, "shard": None, "row": None, "error": None}
+        {"path": record.name, "label": record.label, "num_frames": None, "shard": None, "row": None, "error": None}
         for record in records
     ]
     for path in paths:

@@ -14,7 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.annotations import numbered_lines, split_line
-from datasets.decoders import decode_all
+from datasets.decoders import Converter, Damage, decode_all, describe_damage
+from datasets.resample import Resample, bicubic
 from datasets.video_files import VIDEO_SUFFIXES
 from tools.find_videos import LeftOut, video_files
 from utils.atomic import write_json, writing
@@ -95,12 +96,13 @@ def extract(root: Path, paths: list[str], out: Path, settings: Extraction, worke
     refuse_shared_folders(jobs)
     claim(out, settings)
     todo = [job for job in jobs if not job.folder.is_dir()]
-    finished, failures = 0, []
+    finished: int = 0
+    reports: dict[str, list[dict[str, str]]] = {"failed": [], "damaged": []}
     results = parallel_map(
         functools.partial(extract_video, settings=settings),
         todo,
         workers,
-        died=lambda job: "the process that decoded it ended: a crash in the decoder, or not enough memory",
+        died=lambda job: ("failed", "the process that decoded it ended: a crash in the decoder, or not enough memory"),
     )
     there = len(jobs) - len(todo)
     try:
@@ -108,21 +110,32 @@ def extract(root: Path, paths: list[str], out: Path, settings: Extraction, worke
             contextlib.closing(results),
             tqdm(results, desc="videos", unit="video", disable=None, initial=there, total=len(jobs)) as progress,
         ):
-            for job, reason in progress:
+            for job, report in progress:
                 finished += 1
-                if reason is not None:
-                    failures.append({"video": str(job.video), "reason": reason})
+                if report is not None:
+                    reports[report[0]].append({"video": str(job.video), "reason": report[1]})
     finally:
         for job in todo[finished:]:  # terminated workers leave unfinished folders
             shutil.rmtree(unfinished(job.folder), ignore_errors=True)
-    report = out / FAILURES
+    file, failed = out / FAILURES, len(reports["failed"])
     with writing(out):
-        report.unlink(missing_ok=True)
-        if failures:
-            write_json(report, {"videos": len(jobs), "failed": failures})
-    print(f"{out}: {finished - len(failures)} videos extracted, {there} were there already, {len(failures)} failed")
-    if failures:
-        raise DataError(f"{report}: {len(failures)} of {len(jobs)} videos could not be extracted; it says why")
+        reports["damaged"] += [video for video in damaged_before(file) if video not in reports["damaged"]]
+        file.unlink(missing_ok=True)
+        if any(reports.values()):
+            write_json(file, {"videos": len(jobs), **reports})
+    print(f"{out}: {finished - failed} videos extracted, {there} were there already, {failed} failed")
+    if damaged := len(reports["damaged"]):
+        print(f"{file}: {damaged} of the videos are damaged; what can be decoded of them was extracted")
+    if failed:
+        raise DataError(f"{file}: {failed} of {len(jobs)} videos could not be extracted; it says why")
+
+
+def damaged_before(file: Path) -> list[dict[str, str]]:
+    """The damaged videos of an earlier call, whose frames are there already."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["damaged"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def refuse_shared_folders(jobs: list[Job]) -> None:
@@ -156,46 +169,55 @@ def claim(out: Path, settings: Extraction) -> None:
         raise DataError(f"{path}: the frames there were made with {'; '.join(differing)}; name another folder")
 
 
-def extract_video(job: Job, settings: Extraction) -> str | None:
-    """Extract one video. Returns why it could not be decoded, or None. Raises DataError if it cannot be written."""
+def extract_video(job: Job, settings: Extraction) -> tuple[str, str] | None:
+    """Extract one video. Return ("failed" or "damaged", why), or None for an intact video.
+
+    Raises DataError if it cannot be written.
+    """
     if job.folder.is_dir():  # done, but the result was lost: the pool broke and the video was handed out again
         return None
     partial_folder = unfinished(job.folder)
-    number = 0
+    number, damage = 0, Damage()
     try:
         with writing(job.folder):
             shutil.rmtree(partial_folder, ignore_errors=True)
             partial_folder.mkdir(parents=True)
-        for number, pixels in enumerate(upright_frames(job.video, settings.short_side), 1):
+        for number, pixels in enumerate(upright_frames(job.video, settings.short_side, damage), 1):
             with writing(job.folder):
                 Image.fromarray(pixels).save(
                     partial_folder / settings.image_tmpl.format(number), quality=settings.quality
                 )
         if number == 0:
-            return "no frame can be decoded"
+            return "failed", "no frame can be decoded"
         with writing(job.folder):
             partial_folder.rename(job.folder)
     except UserError:
         raise
     except Exception as error:  # decoders raise many exception types
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return f"after {number} frames: {reason}" if number else reason
+        return "failed", f"after {number} frames: {reason}" if number else reason
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
-    return None
+    found = describe_damage(job.video, damage)
+    return None if found is None else ("damaged", f"{found}; {number} frames were extracted")
 
 
-def upright_frames(path: Path, short_side: int) -> Iterator[np.ndarray]:
+def upright_frames(path: Path, short_side: int, damage: Damage | None = None) -> Iterator[np.ndarray]:
     """Every frame of a video as uint8 (H, W, 3), in display order, its shorter side at most `short_side` pixels.
 
-    Raises what `datasets.decoders.decode_all` raises at damage.
+    `damage` counts what cannot be decoded; without it, what `decode_all` raises at damage is raised.
     """
-    for frame in decode_all(path):
-        width, height = frame.width, frame.height
-        if min(width, height) > short_side:
-            width, height = (size * short_side // min(width, height) for size in (width, height))
-        resized = frame.reformat(width, height, format="rgb24", interpolation="BICUBIC")
-        yield np.ascontiguousarray(np.rot90(resized.to_ndarray(), round(frame.rotation / 90)))
+    convert = Converter()
+    for frame in decode_all(path, damage):
+        pixels = convert(frame)
+        height, width = pixels.shape[:2]
+        if min(width, height) <= short_side:
+            yield pixels
+            continue
+        new_width, new_height = (size * short_side // min(width, height) for size in (width, height))
+        resized = np.empty((3, new_height, new_width), np.uint8)
+        Resample(bicubic(width, new_width), bicubic(height, new_height))(pixels, resized)
+        yield np.ascontiguousarray(resized.transpose(1, 2, 0))
 
 
 def unfinished(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Find videos below a folder, at any depth: video files, or folders of frames."""
+"""Find videos below a folder, at any depth: video files, or frames in folders and in zip files."""
 
 import os
 from collections import defaultdict
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from datasets.frame_files import frame_pattern
+from datasets.frame_archives import SUFFIX, FrameArchive
+from datasets.frame_files import FramePattern, frame_pattern
 from datasets.video_files import VIDEO_SUFFIXES
 from utils.errors import DataError
 
@@ -20,10 +21,11 @@ Identity = tuple[int, int]  # device and inode: equal for all paths that lead to
 class Found:
     """A video on disk.
 
-    path: relative to the root
-    num_frames, first, last: of a folder of frames, the number of files and the lowest and highest frame number
+    path: relative to the root; of packed frames, without the suffix of the zip file
+    num_frames, first, last: of frames, the number of files and the lowest and highest frame number
     identity: equal for two paths that lead to the same file or folder
     empty: whether it is a file of 0 bytes
+    packed: whether it is a zip file of frames
     """
 
     path: str
@@ -32,6 +34,7 @@ class Found:
     last: int | None = None
     identity: Identity | None = None
     empty: bool = False
+    packed: bool = False
 
 
 class Tally:
@@ -65,6 +68,7 @@ class LeftOut:
     others: suffix -> files that are not named like a video or a frame
     below_frames: folders inside a folder of frames, which are not searched
     nothing: folders without a video and without a subfolder
+    damaged: zip files that are not complete
     """
 
     links: Tally = field(default_factory=Tally)
@@ -74,6 +78,7 @@ class LeftOut:
     others: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     below_frames: Tally = field(default_factory=Tally)
     nothing: Tally = field(default_factory=Tally)
+    damaged: Tally = field(default_factory=Tally)
 
     def lines(self, root: Path) -> list[str]:
         """One line for each kind that there is: the number and a few examples."""
@@ -85,6 +90,7 @@ class LeftOut:
             *((self.others[suffix], _files(suffix)) for suffix in sorted(self.others)),
             (self.below_frames, "folders inside a folder of frames"),
             (self.nothing, "folders that gave nothing"),
+            (self.damaged, "zip files that are not complete"),
         ]
         return [f"{root}: left out: {what} ({tally.number}): {tally}" for tally, what in kinds if tally.number]
 
@@ -112,21 +118,43 @@ def video_files(root: Path, left_out: LeftOut | None = None) -> Iterator[Found]:
 
 
 def frame_folders(root: Path, image_tmpl: str, left_out: LeftOut | None = None) -> Iterator[Found]:
-    """Folders that hold a frame. Their subfolders are not searched. Raises DataError for an unreadable folder.
+    """Folders and zip files that hold a frame. Raises DataError for an unreadable folder.
 
-    A link to a folder that contains it is not entered. `left_out` collects what is passed over.
+    The subfolders of a folder of frames are not searched. A zip file beside the folder of its name is left out, as in
+    reading. A link to a folder that contains it is not entered. `left_out` collects what is passed over.
     """
     left_out = left_out or LeftOut()
     pattern = frame_pattern(image_tmpl)
     for folder in _walk(root, left_out):
         numbers = {entry.name: n for entry in folder.files if (n := pattern.number(entry.name)) is not None}
-        _note(folder, numbers, left_out)
+        packed = {} if numbers else _packed_frames(folder, pattern, left_out)
+        _note(folder, numbers or packed, left_out)
+        yield from packed.values()
         if numbers:
             for name in folder.folders:
                 left_out.below_frames.add(folder.at(name))
             folder.folders.clear()
             first, last = min(numbers.values()), max(numbers.values())
             yield Found(folder.path, len(numbers), first, last, _identity(root / folder.path))
+
+
+def _packed_frames(folder: "_Folder", pattern: FramePattern, left_out: LeftOut) -> dict[str, Found]:
+    """The zip files of a folder that hold a frame, by their names."""
+    found = {}
+    for entry in folder.files:
+        stem, suffix = os.path.splitext(entry.name)
+        if suffix != SUFFIX or stem in folder.folders:
+            continue
+        try:
+            with FrameArchive(entry.path) as frames:
+                numbers = [n for name in frames.names() if (n := pattern.number(name)) is not None]
+        except DataError:
+            left_out.damaged.add(folder.at(entry.name))
+            continue
+        if numbers:
+            ends = min(numbers), max(numbers)
+            found[entry.name] = Found(folder.at(stem), len(numbers), *ends, _identity(entry.path), packed=True)
+    return found
 
 
 @dataclass

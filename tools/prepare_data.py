@@ -1,12 +1,18 @@
-"""Extract the frames of videos, or write annotation lists from the official files of a data set.
+"""Extract or pack the frames of videos, or write annotation lists from the official files of a data set.
 
     python tools/prepare_data.py extract VIDEOS OUT [--short_side 256] [--quality 90] [--workers N]
+    python tools/prepare_data.py pack FRAMES OUT [--workers N]
     python tools/prepare_data.py list SOURCE ROOT OUT ... [--modality video]
 
 `extract` writes every frame of every video to OUT/<path without suffix>/img_00001.jpg and so on: in display order,
 upright, with the shorter side at most --short_side. Smaller frames keep their size. VIDEOS is a folder, searched at any
 depth, or a list of lines `path label`. A folder of frames appears when it is complete, and the same command run again
 skips it. Videos that cannot be decoded to their end are left out and named in OUT/failures.json.
+
+`pack` writes the frame files of each folder, unchanged, to one uncompressed file OUT/<path>.zip. With the same lists
+and OUT as the root, training reads these instead of the folders. A zip file appears when it is complete and has been
+compared with the frames. The same command run again skips it, unless a frame was added, removed or changed since.
+Folders that cannot be read are left out and named in OUT/pack_failures.json.
 
 `list` writes OUT/train.txt and OUT/val.txt (for video files train_videos.txt and val_videos.txt) and OUT/classes.csv.
 SOURCE is kinetics, something-v1, something-v2, ucf101 or hmdb51, which read the official files, or `folders`, which
@@ -28,6 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.extract_frames import Extraction, extract, named_videos
+from tools.pack_frames import pack
 from tools.write_lists import SOURCES, WITH_TEST, write_lists
 from utils.config_schema import FIELDS
 from utils.errors import UserError, run_program
@@ -47,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Extract the frames of videos, or write annotation lists from the official files of a data set."
+        description="Extract or pack the frames of videos, or write annotation lists from the files of a data set."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -60,6 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_template(command)
     command.add_argument("--workers", type=int, default=usable_cores(), help="number of processes; 0 starts none")
     command.set_defaults(run=run_extract)
+
+    command = commands.add_parser("pack", help="pack the frames of each video into one uncompressed zip file")
+    command.add_argument("frames", metavar="FRAMES", type=Path, help="folder of folders of frames, at any depth")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder in which each video gets a file <path>.zip")
+    _add_template(command)
+    command.add_argument("--workers", type=int, default=usable_cores(), help="number of processes; 0 starts none")
+    command.set_defaults(run=run_pack)
 
     command = commands.add_parser("list", help="write annotation lists and class names")
     sources = command.add_subparsers(required=True, metavar="SOURCE", dest="source")
@@ -121,6 +135,12 @@ def run_extract(args: argparse.Namespace) -> None:
     root, paths = named_videos(args.videos, args.root)
     settings = Extraction(str(root.resolve()), args.short_side, args.quality, args.image_tmpl)
     extract(root, paths, args.out, settings, args.workers)
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    if args.workers < 0:
+        raise UserError(f"--workers: must be 0 or more, got {args.workers}")
+    pack(args.frames, args.out, args.image_tmpl, args.workers)
 
 
 if __name__ == "__main__":

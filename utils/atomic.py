@@ -12,15 +12,21 @@ from typing import IO
 from utils.errors import DataError
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], temporary: Path | None = None) -> None:
     """Call `write(file)` on a temporary file beside `path`, then rename it to `path`.
 
     A reader sees the old file or the new one, never a part. Missing folders are created. If `write` raises, the old
     file stays and the temporary file is removed.
+
+    Args:
+        temporary: the temporary file, on the same disk, which is overwritten; None: a new one. With a name that the
+            next attempt uses again, a killed process leaves nothing behind for good.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    if temporary is None:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -30,7 +36,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

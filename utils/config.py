@@ -224,6 +224,8 @@ def _check_together(values: Values, purpose: Purpose, fail: Fail) -> None:
         fail("pretrain", "not together with resume, whose checkpoint already holds the weights")
     if problem := resize_problem(values["data.resize"], values["data.input_size"]):
         fail("data.resize", problem)
+    if values["data.segments"] and values["data.count_frames"]:
+        fail("data.count_frames", "contradicts data.segments: the list says how many frames a segment has")
     if values["data.dense"] and values["data.num_segments"] > 128:
         fail("data.num_segments", f"is {values['data.num_segments']}, at most 128 with data.dense")
     if values["solver.mixup"] and purpose == "train":
@@ -232,6 +234,11 @@ def _check_together(values: Values, purpose: Purpose, fail: Fail) -> None:
             fail("data.batch_size", f"times data.num_sample is {clips}; solver.mixup pairs clips, so it must be even")
         if values["solver.smoothing"] != 0.1:
             fail("solver.smoothing", f"is {values['solver.smoothing']}, but solver.mixup goes with 0.1")
+    weights, classes = values["solver.class_weights"], values["data.num_classes"]
+    if isinstance(weights, list) and len(weights) != classes:
+        fail("solver.class_weights", f"has {len(weights)} numbers, but data.num_classes is {classes}; give one a class")
+    if weights == "balanced" and values["data.balance"]:
+        fail("solver.class_weights", "balanced, but data.balance already draws classes equally often; set one of both")
     if values["network.weights"] is not None and not values["network.init"]:
         fail("network.weights", "contradicts network.init: False, which leaves the tower random")
     if values["solver.start_epoch"] >= values["solver.epochs"]:

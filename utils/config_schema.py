@@ -36,6 +36,7 @@ KINDS = {
     "list of float": "a list of numbers",
     "int or list of int": "a whole number or a list of them",
     "layers": "`all`, `every2`, `last:N` or a list of whole numbers",
+    "class weights": "`balanced` or a list of numbers, one for each class",
     "dict": "a mapping of names to values",
 }
 # PyYAML reads 1e-3 as text: it wants a point and a signed exponent.
@@ -96,6 +97,10 @@ _STD = Rule(
     "three of them, for red, green and blue, each above 0 and at most 1",
     lambda std: len(std) == 3 and all(0 < x <= 1 for x in std),
 )
+_WEIGHTS = Rule(
+    "each at least 0 and not all 0",
+    lambda weights: weights == "balanced" or (all(weight >= 0 for weight in weights) and any(weights)),
+)
 _WIDTH = Rule("a positive multiple of 64, at most 16384", lambda value: 0 < value <= 16384 and value % 64 == 0)
 
 
@@ -104,6 +109,8 @@ class Field:
     """One configuration key.
 
     `kind` is a key of KINDS, `default` is REQUIRED or a value of that kind, `doc` explains the key in sentences.
+    `trained_with` marks a key that decides what the trained weights get of a video: frames, pixels, or tokens of the
+    tower. Another value in a test gives the weights something that they were not trained with, and no error.
     """
 
     kind: str
@@ -111,6 +118,7 @@ class Field:
     doc: str
     rule: Rule | None = None
     optional: bool = False  # None is allowed although it is not the default
+    trained_with: bool = False
 
     @property
     def must(self) -> str:
@@ -155,6 +163,10 @@ def _convert(kind: str, value: object) -> object:
         case "layers" if isinstance(value, list):
             return _convert("list of int", value)
         case "layers" if isinstance(value, str) and re.fullmatch(r"all|every2|last:[1-9]\d*", value):
+            return value
+        case "class weights" if isinstance(value, list):
+            return _convert("list of float", value)
+        case "class weights" if value == "balanced":
             return value
         case "dict" if isinstance(value, dict):
             return _free_value(value)
@@ -210,9 +222,13 @@ FIELDS = {
         "Rules for frame sampling, resize and grayscale: those for Kinetics or those for Something-Something. None: "
         "`something` if `data.dataset` contains that word, otherwise `kinetics`.",
         _one_of("kinetics", "something"),
+        trained_with=True,
     ),
     "data.modality": Field(
-        "str", "RGB", "`RGB` reads folders of frames, `video` reads video files.", _one_of("RGB", "video")
+        "str",
+        "RGB",
+        "`RGB` reads folders of frames, or the zip files of `prepare_data.py pack`. `video` reads video files.",
+        _one_of("RGB", "video"),
     ),
     "data.decoder": Field(
         "str",
@@ -224,7 +240,7 @@ FIELDS = {
         "or VP9 in mp4, mov, mkv or webm.",
         _one_of("pyav", "decord", "auto"),
     ),
-    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _from_to(1, 1024)),
+    "data.num_segments": Field("int", 8, "Number of frames in a clip.", _from_to(1, 1024), trained_with=True),
     "data.batch_size": Field("int", REQUIRED, "Training videos in a batch of each process.", _from_to(1, 65536)),
     "data.workers": Field(
         "int",
@@ -242,11 +258,26 @@ FIELDS = {
         "File name of a frame with a field for its number. The first number is `data.index_base`.",
         _TEMPLATE,
     ),
-    "data.index_base": Field(
-        "int", 1, "Number of the first frame file in a folder.", Rule("0 or 1", lambda base: base in (0, 1))
+    "data.index_base": Field("int", 1, "Number of the first frame file in a folder.", _at_least(0), trained_with=True),
+    "data.segments": Field(
+        "bool",
+        False,
+        "Lists name segments of videos, in lines `path first_frame num_frames label`, for frames and for video files. "
+        "`first_frame` counts the frames of the whole video from 0, whatever `data.index_base` is.",
     ),
     "data.count_frames": Field(
-        "bool", False, "Count the frame files in each folder and ignore the number of frames in the list."
+        "bool",
+        False,
+        "Count the frame files in each folder and ignore the number of frames in the list.",
+        trained_with=True,
+    ),
+    "data.on_damage": Field(
+        "str",
+        "accept",
+        "What happens when a part of a video cannot be decoded, or its file is shorter than its header states. "
+        "`accept`: what can be decoded is used, and the log names the video. `error`: it is a video that cannot be "
+        "read, for `data.on_error`.",
+        _one_of("accept", "error"),
     ),
     "data.on_error": Field(
         "str",
@@ -263,8 +294,8 @@ FIELDS = {
     "data.train_list": Field(
         "file",
         None,
-        "List of the training videos, with lines `path num_frames label` (video files: `path label`). Required for "
-        "training.",
+        "List of the training videos, with lines `path num_frames label` (video files: `path label`; segments: see "
+        "`data.segments`). Required for training.",
     ),
     "data.val_root": Field(
         "folder", None, "Folder that the paths in `data.val_list` are relative to. Always required."
@@ -277,9 +308,15 @@ FIELDS = {
     ),
     "data.label_list": Field("file", None, "Class names in a csv file with the header `id,name`."),
     "data.input_size": Field(
-        "int", None, "Height and width of the model's input in pixels. None: the tower's.", _from_to(1, 4096)
+        "int",
+        None,
+        "Height and width of the model's input in pixels. None: the tower's.",
+        _from_to(1, 4096),
+        trained_with=True,
     ),
-    "data.resize": Field("int or list of int", None, "Size of a frame before cropping. None: the protocol's.", _RESIZE),
+    "data.resize": Field(
+        "int or list of int", None, "Size of a frame before cropping. None: the protocol's.", _RESIZE, trained_with=True
+    ),
     "data.flip": Field(
         "bool",
         True,
@@ -291,12 +328,14 @@ FIELDS = {
         None,
         "Mean of red, green and blue, subtracted from pixels between 0 and 1. None: that of the tower's training.",
         _MEAN,
+        trained_with=True,
     ),
     "data.std": Field(
         "list of float",
         None,
         "Standard deviation that pixels are then divided by. None: that of the tower's training.",
         _STD,
+        trained_with=True,
     ),
     "data.random_shift": Field("bool", True, "Draw training frames at random. False: take the frames of validation."),
     "data.num_sample": Field(
@@ -311,13 +350,32 @@ FIELDS = {
         "bool",
         False,
         "Take frames from a window of 128 frames, not from the whole video. `data.num_segments` must be at most 128.",
+        trained_with=True,
+    ),
+    "data.min_frames": Field(
+        "int",
+        1,
+        "Leave videos with fewer frames out of training and validation; test.py scores all. The log counts them. The "
+        "released code leaves out videos below 8. Video files, and folders with `data.count_frames`, are opened once "
+        "at the start to be counted.",
+        _from_to(1, 1000000),
+    ),
+    "data.balance": Field(
+        "bool",
+        False,
+        "Draw the classes equally often in training. An epoch keeps its number of videos: those of small classes come "
+        "several times, each time as another clip, and those of large classes take turns from epoch to epoch.",
     ),
     "data.shot": Field(
         "int", None, "Train on this many videos of each class only. `seed` chooses them.", _from_to(1, 1000000)
     ),
     # network
     "network.arch": Field(
-        "str", REQUIRED, "The frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.", _NOT_EMPTY
+        "str",
+        REQUIRED,
+        "The frozen tower: `ViT-B/32`, `ViT-B/16`, ..., or `timm/<name>`.",
+        _NOT_EMPTY,
+        trained_with=True,
     ),
     "network.init": Field(
         "bool", True, "Load the tower's weights from `clip_pretrain/`. False: leave the tower random."
@@ -328,7 +386,7 @@ FIELDS = {
         "Another weight file of the tower than the one in `clip_pretrain/`. `hub`: timm downloads its weights.",
     ),
     "network.backbone_kwargs": Field(
-        "dict", {}, "Arguments that timm builds the tower with. They replace all of those in `base`."
+        "dict", {}, "Arguments that timm builds the tower with. They replace all of those in `base`.", trained_with=True
     ),
     "network.drop_fc": Field("float", 0.0, "Dropout probability before the classifier.", _FRACTION),
     "network.side_dim": Field(
@@ -341,6 +399,7 @@ FIELDS = {
         "EVA-CLIP, "
         "otherwise `pre`.",
         _one_of("pre", "post"),
+        trained_with=True,
     ),
     "network.side_layers": Field(
         "layers",
@@ -348,6 +407,7 @@ FIELDS = {
         "Tower blocks that the side network reads, counted from 0. None: `all` for the variant `pre`, `every2` (1, 3, "
         "5, "
         "...) for `post`. The tower stops after the last block that is read.",
+        trained_with=True,
     ),
     "network.backbone_dtype": Field(
         "str",
@@ -396,6 +456,16 @@ FIELDS = {
     ),
     "solver.mixup": Field("bool", False, "Mix the clips of each batch in pairs, by mixup or cutmix."),
     "solver.smoothing": Field("float", 0.1, "Label smoothing. `solver.mixup` requires 0.1.", _FRACTION),
+    "solver.class_weights": Field(
+        "class weights",
+        None,
+        "Weight of each class in the training loss. The loss of a clip is its cross entropy, smoothing included, times "
+        "the weight of its class. A clip that `solver.mixup` has mixed of two classes has the sum of both losses, each "
+        "times its share and its weight. A batch takes the mean over its clips and does not divide by the weights. "
+        "`balanced`: inverse to the number of training videos, so that the classes have equal shares of the loss and "
+        "the mean weight of a video is 1; not together with `data.balance`. Validation and tests do not use weights.",
+        _WEIGHTS,
+    ),
     "solver.precision": Field(
         "str",
         "amp",
@@ -486,12 +556,16 @@ folder that the program runs in, which is the repository root. Only the path in 
 unknown key is an error that names the nearest key.
 
 A value that is None because the protocol or the tower decides it is filled in right after loading
-(`engine/configuration.py`). The `config.yaml` in the folder of a run holds the values that were filled in."""
+(`engine/configuration.py`). The `config.yaml` in the folder of a run holds the values that were filled in.
+
+A checkpoint holds the configuration of its training. These keys decide which frames, pixels and tokens its weights get,
+and `test.py` refuses other values than the checkpoint's, unless `--accept_changes` is given: {trained_with}."""
 
 
 def markdown() -> str:
     """Return the text of docs/configuration.md."""
-    lines = [_HEAD]
+    trained_with = ", ".join(f"`{key}`" for key, field in FIELDS.items() if field.trained_with)
+    lines = [_HEAD.format(trained_with=trained_with)]
     for section, title in {"": "the run", **SECTIONS}.items():
         fields = {key: field for key, field in FIELDS.items() if key.rpartition(".")[0] == section}
         rows = [(f"`{key}`", field.must, _code(field.default), field.doc) for key, field in fields.items()]
