@@ -7,6 +7,7 @@ computed and no memory is needed. Autocast's rules are those of CUDA: CUDA runs 
 taken to read its inputs and write its results once. Matrix products, convolutions and attention are counted apart. The
 times of a roofline are arithmetic: bytes over bandwidth plus arithmetic over peak rate, from the makers' data sheets.
 """
+
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from benchmarks.allocations import NO_KERNEL, PRODUCTS
 
 
@@ -32,7 +34,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not (func.is_view or func.overloadpacket in NO_KERNEL):
+        if func.namespace != "prim" and not (func.is_view or func.overloadpacket in NO_KERNEL):
             self.operators += 1
             moved = sum(_bytes(t) for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
             self.calls[func.name()] += 1

@@ -1,4 +1,4 @@
-"""BatchNorm on channels-last tokens, with statistics of this process or of all processes.
+"""Norms of channels-last tokens: BatchNorm, with statistics of this process or of all processes, and LayerNorm.
 
 Letters: S side width. Rows are the tokens of all clips, frames and patches.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from modules.autograd import normalized
 from modules.recompute import from_first_run, in_second_run
 from utils.distributed import all_reduce, get_world_size
 
@@ -67,6 +68,25 @@ class TokenBatchNorm(nn.BatchNorm1d):
         unbiased = var * (count / (count - 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean.to(self.weight.dtype), var.to(self.weight.dtype), count
+
+
+class TokenLayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of the tokens, also where autocast would compute and return float32.
+
+    Scale and shift are applied apart: a CPU's LayerNorm adds up their gradients in bfloat16, which is percents off.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., S) -> (..., S)."""
+        return torch.addcmul(self.bias.to(x.dtype), normalized(x, self.eps), self.weight.to(x.dtype))
+
+    def then(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """`linear(self(x))` in one pass less: scale and shift are folded into the Linear. (..., S) -> (..., S')."""
+        weight, bias = linear.weight * self.weight, torch.addmv(linear.bias, linear.weight, self.bias)
+        return F.linear(normalized(x, self.eps), weight, bias)
 
 
 class SyncedNorm(torch.autograd.Function):
