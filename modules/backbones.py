@@ -19,7 +19,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -274,12 +274,16 @@ class FrozenTower(nn.Module):
         """Split every tensor over the processes of the mesh, and move it to the mesh's device.
 
         After this, all processes must call `layer_tokens` together: FSDP gathers each block before it runs, frees it
-        afterwards, and does the same with everything before the blocks in `embed`.
+        afterwards, and does the same with everything before the blocks in `embed`. The next block is gathered while
+        one runs, so two are whole at a time.
         """
-        for block in self.vit.blocks:
+        blocks = list(self.vit.blocks)
+        for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(self, "embed")
+        for module, following in zip([self, *blocks], blocks, strict=False):
+            cast(FSDPModule, module).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
 
     def layer_tokens(self, clips: Tensor) -> Iterator[Tensor]:
         """Yield the tokens after each block of `layers`, one block at a time, class token first.

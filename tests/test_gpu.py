@@ -11,10 +11,14 @@ from torch import multiprocessing
 
 import train as train_program
 from benchmarks.allocations import measure_memory
-from engine.configuration import read_config
+from engine.configuration import default_config, read_config
+from engine.optim import build_optimizer
+from engine.plan import rehearsing, start_optimizer, training_batches, update_once
+from modules import build_model
 from modules.backbones import FrozenTower
 from modules.side4video import Side4Video, SideClassifier
 from utils.distributed import close_distributed, init_distributed
+from utils.precision import prepare_precision
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -100,6 +104,36 @@ def test_training_runs_and_resumes_on_the_gpu(config, tmp_path, overrides):
     assert state["epoch"] == 2 and all(t.isfinite().all() for t in state["trained"].values())
     if "solver.precision=fp16" in overrides:
         assert state["scaler"]["scale"] > 0
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_planned_peak_is_within_a_tenth_of_the_real_one(recompute):
+    network = {"arch": "ViT-B/32", "init": False, "side_dim": 320, "backbone_kwargs": {"depth": 4}}
+    data = {"input_size": 224, "num_segments": 8, "batch_size": 8}
+    device = torch.device("cuda", 0)
+    config = default_config(data=data, network=network, solver={"recompute": recompute, "precision": "amp"})
+    with rehearsing(config) as rehearsal:
+        planned = rehearsal.train(config.data.batch_size, recompute).peak
+    model, precision = build_model(config), prepare_precision(config.solver, device)
+    model.place(device)
+    optimizer = start_optimizer(model, config)
+    torch.cuda.reset_peak_memory_stats(device)
+    update_once(model, optimizer, training_batches(config), config, precision)
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(device), rel=0.1)
+
+
+def test_a_step_with_the_fused_optimizer_never_waits_for_the_gpu():
+    model = small_model()
+    model.place(torch.device("cuda", 0))
+    optimizer = build_optimizer(model, default_config())
+    for _ in range(2):
+        one_step(model, "cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def train_on_gpus(rank, port, folder):
