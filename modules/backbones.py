@@ -233,7 +233,7 @@ class FrozenTower(nn.Module):
         self.layers = choose_layers(side_layers, self.depth)
         vit.prune_intermediate_layers(self.layers, prune_norm=True, prune_head=True)
         for block in vit.blocks:
-            mlp = block.mlp
+            mlp: Any = block.mlp
             plain = isinstance(mlp, Mlp) and isinstance(mlp.act, QuickGELU) and isinstance(mlp.norm, nn.Identity)
             if plain and mlp.fc1.bias is not None and mlp.fc2.bias is not None:
                 block.mlp = QuickGELUMlp(mlp.fc1, mlp.fc2)

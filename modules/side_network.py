@@ -241,6 +241,11 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(block.attn.qkv.bias)
             nn.init.zeros_(block.attn.proj.bias)
 
+    def compile_blocks(self) -> None:
+        """Compile each block in place; equal blocks share the compiled code."""
+        for block in self.blocks:
+            block.compile()
+
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
         """Normalised clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> features (B, S).
 

@@ -53,6 +53,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
         """Bytes that this layer hands to all-reduce in a step: float64 forward, the weight's dtype backward."""
         return 8 * (2 * self.num_features + 1) + 2 * self.weight.nbytes if self.synced else 0
 
+    @torch.compiler.disable  # a compiler would have to know the processes
     @torch.no_grad()
     def _shared_statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Update the running statistics; return mean (S), biased variance (S) and number (1) of all processes' rows."""
@@ -75,9 +76,6 @@ class TokenLayerNorm(nn.LayerNorm):
 
     Scale and shift are applied apart: a CPU's LayerNorm adds up their gradients in bfloat16, which is percents off.
     """
-
-    weight: Tensor
-    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., S) -> (..., S)."""
