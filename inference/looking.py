@@ -55,7 +55,7 @@ def look(recognizer: Recognizer, record: VideoRecord, label: int | None = None) 
     data, model = recognizer.config.data, recognizer.model
     clip = clip.clone()  # made without gradients
     read: list[Tensor] = []
-    attended: list[Tensor] = []
+    attended: list[tuple] = []
 
     def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if not output.requires_grad:
@@ -66,7 +66,7 @@ def look(recognizer: Recognizer, record: VideoRecord, label: int | None = None) 
     side = model.side_network("a picture of where it looks")
     last: nn.Module = side.blocks[-1].attn  # type: ignore[assignment]
     hooks = [module.register_forward_hook(keep) for module in (side.stem_bn, *side.projections)]
-    hooks.append(last.register_forward_pre_hook(lambda module, inputs: attended.append(inputs[0].detach())))
+    hooks.append(last.register_forward_pre_hook(lambda module, inputs: attended.append(inputs)))
     recompute, side.recompute = side.recompute, False  # hooks would see each block twice
     try:
         with torch.enable_grad(), recognizer.precision.autocast():
@@ -74,7 +74,7 @@ def look(recognizer: Recognizer, record: VideoRecord, label: int | None = None) 
             chosen = int(logits.argmax()) if label is None else label
             logits[chosen].backward()
         with torch.no_grad(), recognizer.precision.autocast():
-            weights = last.weights(attended[0]).float()[0]  # type: ignore[operator]  # (T, heads, N, 1 + N)
+            weights = last.weights(*attended[0]).float()[0]  # type: ignore[operator]  # (T, heads, N, 1 + N)
     finally:
         side.recompute = recompute
         for hook in hooks:

@@ -14,7 +14,7 @@ import timm
 from timm.layers import QuickGELU
 from torch import nn
 
-from modules.backbones import ARCHITECTURES, OPENAI, TIMM_PREFIX, Architecture, InPlaceQuickGELU
+from modules.backbones import ARCHITECTURES, OPENAI, TIMM_PREFIX, Architecture, QuickGELUMlp
 from modules.weight_layouts import HUGGING_FACE_NAMES, TowerPart, TowerSize, tower_size
 from utils.errors import CheckpointError
 from utils.published_weights import PUBLISHED_FILES, hash_file
@@ -43,8 +43,8 @@ class Stated(NamedTuple):
 
 def tower_activation(vit: nn.Module) -> str:
     """Name of the activation in the blocks of a timm tower."""
-    act = cast(Any, vit).blocks[0].mlp.act
-    return QUICK_GELU if isinstance(act, QuickGELU | InPlaceQuickGELU) else type(act).__name__
+    mlp = cast(Any, vit).blocks[0].mlp
+    return QUICK_GELU if isinstance(mlp, QuickGELUMlp) or isinstance(mlp.act, QuickGELU) else type(mlp.act).__name__
 
 
 def stated_activation(path: Path, names: set[str], part: TowerPart) -> Stated | None:

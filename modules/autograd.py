@@ -56,12 +56,19 @@ class ThreeTaps(torch.autograd.Function):
         return grad_x, grad_weight, grad.flatten(0, 2).sum(0, dtype=weight.dtype)
 
 
+def normalized(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, without scale and shift, in the dtype of `x`, also under CUDA's autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
 class FrozenLinear(torch.autograd.Function):
     """Linear(tokens) or Linear(LayerNorm(tokens)), for tokens that need no gradient.
 
-    It saves the tokens once, in their own dtype, and two numbers a row for the LayerNorm. Let n be the normalised
-    tokens before the LayerNorm's scale and shift. The one product grad^T n gives the gradients of the Linear's weight
-    and of the LayerNorm's, so no gradient as large as the tokens is computed.
+    It saves the tokens once, in their own dtype. Let n be the normalised tokens before the LayerNorm's scale and shift,
+    which are folded into the Linear: n is all that is written, in the dtype of the product. In the backward pass n is
+    computed again, and the one product grad^T n gives the gradients of the Linear's weight and of the LayerNorm's, so
+    no gradient as large as the tokens is computed.
     """
 
     @staticmethod
@@ -75,24 +82,30 @@ class FrozenLinear(torch.autograd.Function):
         eps: float = 0.0,
     ) -> Tensor:
         """tokens (..., D), weight (S, D), bias (S), norm_weight and norm_bias (D) -> (..., S) of `compute_dtype`."""
-        dtype = compute_dtype(weight)
-        mean = rstd = None
-        x = tokens
-        if norm_weight is not None:
-            x, mean, rstd = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], norm_weight, norm_bias, eps)
-        ctx.save_for_backward(tokens, weight, norm_weight, norm_bias, mean, rstd)
-        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        ctx.dtype, ctx.eps = compute_dtype(weight), eps
+        ctx.save_for_backward(tokens, weight, norm_weight, norm_bias)
+        if norm_weight is None or norm_bias is None:
+            x = tokens.to(ctx.dtype)
+        else:
+            x = FrozenLinear.normalized_tokens(tokens, ctx.dtype, eps)
+            weight, bias = weight * norm_weight, torch.addmv(bias, weight, norm_bias)
+        return F.linear(x, weight.to(ctx.dtype), bias.to(ctx.dtype))
+
+    @staticmethod
+    def normalized_tokens(tokens: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+        """In `dtype`; where it is not that of the tokens, the norm is computed in float32."""
+        return normalized(tokens if tokens.dtype == dtype else tokens.float(), eps).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
+        tokens, weight, norm_weight, norm_bias = ctx.saved_tensors
         grad = grad.flatten(0, -2)
         grad_bias = grad.sum(0, dtype=weight.dtype)
         if norm_weight is None:
             x = tokens.flatten(0, -2).to(grad.dtype)
             return None, weight_gradient(grad, x, weight.dtype), grad_bias, None, None, None
-        x = (tokens - mean).mul_(rstd).to(grad.dtype).flatten(0, -2)
+        x = FrozenLinear.normalized_tokens(tokens, grad.dtype, ctx.eps).flatten(0, -2)
         common = weight_gradient(grad, x, weight.dtype)  # (S, D)
         grad_weight = torch.addcmul(torch.outer(grad_bias, norm_bias), common, norm_weight)
         return None, grad_weight, grad_bias, (common * weight).sum(0), grad_bias @ weight, None

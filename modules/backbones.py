@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import QuickGELU
+from timm.layers import Mlp, QuickGELU
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn import functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from modules.side_network import NormPlacement
@@ -139,11 +140,24 @@ def refuse_other_arguments(kwargs: dict[str, Any]) -> None:
             )
 
 
-class InPlaceQuickGELU(nn.Module):
-    """x * sigmoid(1.702 x). Same bits as timm's QuickGELU in a third of the time, because it allocates only once."""
+class QuickGELUMlp(nn.Module):
+    """Linear, QuickGELU, Linear: the MLP of a block of CLIP, with the activation in one pass over the tokens.
+
+    QuickGELU(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702. Both factors go into the products.
+    """
+
+    FACTOR = 1.702
+
+    def __init__(self, fc1: nn.Linear, fc2: nn.Linear):
+        super().__init__()
+        self.fc1, self.fc2 = fc1, fc2
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * 1.702).sigmoid_().mul_(x)
+        """(..., D) -> (..., D)."""
+        rows, factor = x.flatten(0, -2), self.FACTOR
+        rows = torch.addmm(self.fc1.bias, rows, self.fc1.weight.t(), beta=factor, alpha=factor)
+        rows = F.silu(rows, inplace=True)
+        return torch.addmm(self.fc2.bias, rows, self.fc2.weight.t(), alpha=1 / factor).view_as(x)
 
 
 @contextmanager
@@ -218,9 +232,11 @@ class FrozenTower(nn.Module):
         self.depth = len(vit.blocks)
         self.layers = choose_layers(side_layers, self.depth)
         vit.prune_intermediate_layers(self.layers, prune_norm=True, prune_head=True)
-        for module in list(vit.modules()):
-            if isinstance(getattr(module, "act", None), QuickGELU):
-                module.act = InPlaceQuickGELU()
+        for block in vit.blocks:
+            mlp: Any = block.mlp
+            plain = isinstance(mlp, Mlp) and isinstance(mlp.act, QuickGELU) and isinstance(mlp.norm, nn.Identity)
+            if plain and mlp.fc1.bias is not None and mlp.fc2.bias is not None:
+                block.mlp = QuickGELUMlp(mlp.fc1, mlp.fc2)
         self.pretrained_cfg = cast(dict[str, Any], vit.pretrained_cfg)
         self.timm_size: int = self.pretrained_cfg["input_size"][-1]
         self.vit = vit.requires_grad_(False).eval()

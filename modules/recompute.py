@@ -28,20 +28,21 @@ class _CurrentRun(threading.local):
     """The run that this thread is in. Each thread has its own: autograd runs the backward pass of CUDA in another."""
 
     kept: list[Any] | None = None  # first run: receives the values of `from_first_run`
-    replayed: Iterator[Any] | None = None  # second run: gives them back in the same order
+    replayed: list[Any] | None = None  # second run: the values of the first
+    position: int = 0  # second run: how many of them were given back
 
 
 _current = _CurrentRun()
 
 
 @contextmanager
-def _run(kept: list[Any] | None = None, replayed: Iterator[Any] | None = None) -> Iterator[None]:
-    outer = _current.kept, _current.replayed
-    _current.kept, _current.replayed = kept, replayed
+def _run(kept: list[Any] | None = None, replayed: list[Any] | None = None) -> Iterator[None]:
+    outer = _current.kept, _current.replayed, _current.position
+    _current.kept, _current.replayed, _current.position = kept, replayed, 0
     try:
         yield
     finally:
-        _current.kept, _current.replayed = outer
+        _current.kept, _current.replayed, _current.position = outer
 
 
 def in_second_run() -> bool:
@@ -55,7 +56,8 @@ def from_first_run(compute: Callable[[], Value]) -> Value:
     Both runs must ask for their values in the same order.
     """
     if _current.replayed is not None:
-        return next(_current.replayed)
+        _current.position += 1
+        return _current.replayed[_current.position - 1]
     value = compute()
     if _current.kept is not None:
         _current.kept.append(value)
@@ -87,7 +89,7 @@ class Recomputed(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         tensors = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(w) for t, w in zip(tensors[: ctx.num_inputs], wanted, strict=False)]
-        with torch.enable_grad(), torch.autocast(**ctx.autocast), _run(replayed=iter(ctx.kept)):
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), _run(replayed=ctx.kept):
             output = ctx.part(*inputs)
         sources = [*inputs, *tensors[ctx.num_inputs :]]
         grads = iter(torch.autograd.grad(output, [t for t, w in zip(sources, wanted, strict=True) if w], grad))

@@ -92,22 +92,23 @@ class Side4Video(nn.Module):
             (layer_tokens,) = token_streams(self.backbone, clips, [self.layers])
         return trained(clips, layer_tokens)
 
-    def place(self, device: torch.device, shard_backbone: bool = False, compile_backbone: bool = False) -> None:
+    def place(self, device: torch.device, shard_backbone: bool = False, compiled: bool = False) -> None:
         """Move the model, which is on the CPU and holds its weights, to this process's device.
 
         Args:
             device: the result of `utils.distributed.init_distributed`.
             shard_backbone: split the tower's tensors over the processes of the default group, if there are several.
-            compile_backbone: compile the tower's blocks. The side network is never compiled: a compiler would merge
-                the second run of a recomputed block with the first one, and so keep all activations in between.
+            compiled: compile the blocks of tower and side network, each by itself: a compiler that saw a recomputed
+                block from outside would merge its two runs, and keep all activations in between.
 
         Raises:
             ConfigError: torch.compile does not work on this machine.
         """
-        if compile_backbone:
+        if compiled:
             check_compiler(device)
             warn_of_old_card(device)
             self.backbone.compile_blocks()
+            self.trained.side.compile_blocks()
         if shard_backbone and get_world_size() > 1:
             self.backbone.shard(init_device_mesh(device.type, (get_world_size(),)))
             self.sharded = True

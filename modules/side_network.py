@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from modules.autograd import FrozenLinear, PatchLinear, ThreeTaps
 from modules.recompute import ResidualLinear, recomputed
-from modules.token_norm import TokenBatchNorm
+from modules.token_norm import TokenBatchNorm, TokenLayerNorm
 
 HEAD_WIDTH = 64
 NormPlacement = Literal["pre", "post"]
@@ -100,21 +100,22 @@ class FrameAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T, 1 + N, S), class token first -> (B, T, N, S)."""
-        query, key, value = self._heads(tokens)
+    def forward(self, tokens: Tensor, norm: TokenLayerNorm | None = None) -> Tensor:
+        """(B, T, 1 + N, S), class token first -> (B, T, N, S). `norm` is applied to the tokens first."""
+        query, key, value = self._heads(tokens, norm)
         x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
         return self.proj(x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2]))
 
-    def weights(self, tokens: Tensor) -> Tensor:
+    def weights(self, tokens: Tensor, norm: TokenLayerNorm | None = None) -> Tensor:
         """(B, T, 1 + N, S) -> (B, T, S // 64, N, 1 + N): what each query takes of each key. For pictures only."""
-        query, key, _ = self._heads(tokens)
+        query, key, _ = self._heads(tokens, norm)
         products = query[:, :, 1:] @ key.transpose(-1, -2) * HEAD_WIDTH**-0.5
         return products.softmax(dim=-1).unflatten(0, tokens.shape[:2])
 
-    def _heads(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, tokens: Tensor, norm: TokenLayerNorm | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B * T, S // 64, 1 + N, 64) each."""
-        qkv = self.qkv(tokens).flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
+        qkv = self.qkv(tokens) if norm is None else norm.then(self.qkv, tokens)
+        qkv = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
         query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
         return query, key, value
 
@@ -138,7 +139,7 @@ class LayerProjection(nn.Module):
     def __init__(self, backbone_width: int, side_width: int, norm_placement: NormPlacement):
         super().__init__()
         self.norm_placement = norm_placement
-        self.norm = nn.LayerNorm(backbone_width if norm_placement == "pre" else side_width)
+        self.norm = TokenLayerNorm(backbone_width if norm_placement == "pre" else side_width)
         self.linear = nn.Linear(backbone_width, side_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class SideBlock(nn.Module):
         self.norm_placement = norm_placement
         self.bn_1 = TokenBatchNorm(width, sync_bn)
         self.conv = nn.Sequential(PointwiseConv(width), TemporalConv(width), PointwiseConv(width))
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = TokenLayerNorm(width)
         self.attn = FrameAttention(width)
         self.bn_2 = TokenBatchNorm(width, sync_bn)
         self.mlp = Mlp(width, last=ResidualLinear if norm_placement == "pre" else nn.Linear)
@@ -166,7 +167,7 @@ class SideBlock(nn.Module):
         """Tokens (B, T, N, S), shifted class tokens (B, T, 1, S), position table (N, S) -> (B, T, N, S)."""
         if self.norm_placement == "pre":
             x = x + self.conv(self.bn_1(x))
-            x = x + self.attn(self.ln_1(self._frame_tokens(x, shifted, pos)))
+            x = x + self.attn(self._frame_tokens(x, shifted, pos), self.ln_1)
             return x + self.mlp(self.bn_2(x))
         x = x + self.bn_1(self.conv(x))
         x = x + self.ln_1(self.attn(self._frame_tokens(x, shifted, pos)))
@@ -245,6 +246,11 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(block.attn.qkv.bias)
             nn.init.zeros_(block.attn.proj.bias)
 
+    def compile_blocks(self) -> None:
+        """Compile each block in place; equal blocks share the compiled code."""
+        for block in self.blocks:
+            block.compile()
+
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
         """Normalised clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> features (B, S).
 
@@ -266,7 +272,7 @@ class SideNetwork(nn.Module):
         """The parts of consecutive frames, see `frame_parts` -> features (B, S)."""
         x = self.stem_bn(self.stem.sum_of_neighbours(products))
         for block, tokens in zip(self.blocks, projected, strict=True):
-            class_tokens, patches = tokens.tensor_split([1], dim=2)
+            class_tokens, patches = tokens.split([1, tokens.shape[2] - 1], dim=2)
             shifted = shift_class_token(class_tokens.squeeze(2)).unsqueeze(2)
             x = (x + patches).mul_(0.5)
             x = recomputed(block, x, shifted, self.pos) if self.recompute else block(x, shifted, self.pos)

@@ -1,4 +1,4 @@
-"""BatchNorm on channels-last tokens, with statistics of this process or of all processes.
+"""Norms of channels-last tokens: BatchNorm, with statistics of this process or of all processes, and LayerNorm.
 
 Letters: S side width. Rows are the tokens of all clips, frames and patches.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from modules.autograd import normalized
 from modules.recompute import from_first_run, in_second_run
 from utils.distributed import all_reduce, get_world_size
 
@@ -52,6 +53,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
         """Bytes that this layer hands to all-reduce in a step: float64 forward, the weight's dtype backward."""
         return 8 * (2 * self.num_features + 1) + 2 * self.weight.nbytes if self.synced else 0
 
+    @torch.compiler.disable  # a compiler would have to know the processes
     @torch.no_grad()
     def _shared_statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Update the running statistics; return mean (S), biased variance (S) and number (1) of all processes' rows."""
@@ -67,6 +69,22 @@ class TokenBatchNorm(nn.BatchNorm1d):
         unbiased = var * (count / (count - 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean.to(self.weight.dtype), var.to(self.weight.dtype), count
+
+
+class TokenLayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of the tokens, also where autocast would compute and return float32.
+
+    Scale and shift are applied apart: a CPU's LayerNorm adds up their gradients in bfloat16, which is percents off.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., S) -> (..., S)."""
+        return torch.addcmul(self.bias.to(x.dtype), normalized(x, self.eps), self.weight.to(x.dtype))
+
+    def then(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """`linear(self(x))` in one pass less: scale and shift are folded into the Linear. (..., S) -> (..., S')."""
+        weight, bias = linear.weight * self.weight, torch.addmv(linear.bias, linear.weight, self.bias)
+        return F.linear(normalized(x, self.eps), weight, bias)
 
 
 class SyncedNorm(torch.autograd.Function):

@@ -59,7 +59,7 @@ def full_float32():
 def test_a_step_on_the_gpu_is_that_on_the_cpu(full_float32, recompute, compiled):
     model = small_model(recompute=recompute)
     expected_loss, expected = one_step(copy.deepcopy(model), "cpu")
-    model.place(torch.device("cuda", 0), compile_backbone=compiled)
+    model.place(torch.device("cuda", 0), compiled=compiled)
     loss, grads = one_step(model, "cuda")
     assert loss == pytest.approx(expected_loss, rel=1e-4)
     largest = max(grad.abs().max() for grad in expected.values())
@@ -88,7 +88,7 @@ def test_recomputing_keeps_less_than_a_third(compiled):
     kept = []
     for recompute in (True, False):
         model = small_model(recompute=recompute)
-        model.place(torch.device("cuda", 0), compile_backbone=compiled)
+        model.place(torch.device("cuda", 0), compiled=compiled)
         model(clips)
         kept.append(measure_memory(lambda model=model: model(clips))[0])
     assert kept[0] < kept[1] / 3

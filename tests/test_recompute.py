@@ -15,7 +15,7 @@ from tiny import SHARED_TOWER, SIDE, free_port, make_inputs, make_shared_model, 
 from torch import multiprocessing, nn
 
 from benchmarks.allocations import measure_memory
-from benchmarks.traffic import count_reduced_bytes
+from benchmarks.reduced_bytes import count_reduced_bytes
 from modules.backbones import FrozenTower
 from modules.recompute import from_first_run, in_second_run, recomputed
 from modules.side4video import Side4Video, SideClassifier
@@ -127,7 +127,10 @@ def memory_model(compiled, dtype=torch.float32):
         tower.compile_blocks()
     sizes = dict(backbone_width=192, side_width=128, num_layers=4, patch_size=8, num_patches=144)
     side = make_side("pre", torch.float32, **sizes).train()
-    return tower, side, textbook_of(side, **sizes)
+    textbook = textbook_of(side, **sizes)
+    if compiled:
+        side.compile_blocks()
+    return tower, side, textbook
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -176,14 +179,17 @@ def test_evaluation_holds_one_layer_of_tokens_at_a_time():
 # ---------------------------------------------------------------- compiling
 
 
-def test_a_compiled_tower_gives_the_same_losses():
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_compiled_model_gives_the_same_losses(recompute):
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
         tower = FrozenTower("vit_tiny_patch16_224", 32, SHARED_TOWER)
         sizes = dict(backbone_width=32, side_width=64, num_layers=3, patch_size=8, num_patches=16)
-        model = Side4Video(tower, SideClassifier(make_side("pre", torch.float32, **sizes), 5)).train()
-        model.place(torch.device("cpu"), compile_backbone=compiled)
+        model = Side4Video(
+            tower, SideClassifier(make_side("pre", torch.float32, recompute=recompute, **sizes), 5)
+        ).train()
+        model.place(torch.device("cpu"), compiled=compiled)
         assert not any("_orig_mod" in name for name in model.state_dict())
         optimizer = torch.optim.SGD(model.trained.parameters(), 0.05)
         for step in range(3):

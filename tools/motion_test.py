@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     names = dataset.class_names or trained_names or [f"class {label}" for label in range(config.data.num_classes)]
     pairs = read_pairs(args.pairs, names) if args.pairs else reversal_pairs(names)
     model = load_whole_model(config, checkpoint, args.checkpoint)
-    model.place(device, compile_backbone=config.solver.compile)
+    model.place(device, compiled=config.solver.compile)
     check_shared_memory(loader)
 
     changes = variants(config.data.num_segments, args.seed)

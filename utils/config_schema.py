@@ -530,7 +530,7 @@ FIELDS = {
         "The gradients are the same; the memory for them is about a seventh.",
     ),
     "solver.compile": Field(
-        "bool", False, "Compile the blocks of the tower. This needs a C++ compiler and takes a minute."
+        "bool", False, "Compile the blocks of tower and side network. This needs a C++ compiler and takes some minutes."
     ),
     "solver.sync_bn": Field(
         "bool", False, "Compute BatchNorm statistics over all processes. False: each process uses its own clips."
