@@ -7,7 +7,7 @@ placeholders in capitals, brackets or dots. A command that is none of these is a
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 import pytest
@@ -34,6 +35,8 @@ ALL += sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")
 IN_THE_FOLDER = ("benchmarks", "datasets", "engine", "hubconf.py", "inference", "modules", "scripts", "test.py")
 IN_THE_FOLDER += ("tools", "train.py", "utils")
 
+FENCE = r"^(?P<indent> *)```(\w*)\n(.*?)^(?P=indent)```$"  # it may be indented, in a list
+FLAGS = re.MULTILINE | re.DOTALL
 VAL_VIDEOS = 9  # of the demo's data in the folder
 
 # Beginnings of commands whose arguments are parsed only, and why they are not run.
@@ -50,17 +53,17 @@ ONLY_PARSED = {
     "CUDA_VISIBLE_DEVICES=": "needs GPUs",
     "python -m benchmarks.": "minutes",
     "python -m tools.memory_page": "minutes; tests/test_plan.py compares the page",
-    "python -m tools.list_architectures": "a minute; tests/test_documents.py has its table",
+    "python -m tools.list_architectures": "a minute; tests/test_towers.py compares the table",
     "python tools/plan.py": "seconds for each tower; tests/test_plan.py runs it",
     "python tools/demo_page.py": "needs Gradio, and serves until Ctrl+C; tests/test_demo_page.py",
     "sh scripts/run_train_vision.sh configs/k400/": "needs Kinetics and a tower's weights",
-    "sh scripts/run_train_vision.sh configs/sthv2/": "needs Something-Something and a tower's weights",
     "sh scripts/run_test_vision.sh configs/k400/": "needs Kinetics",
-    "python train.py --config configs/k400/": "needs Kinetics and a tower's weights",
-    "python test.py --config configs/k400/": "needs Kinetics",
     "python tools/convert_checkpoint.py configs/k400/": "needs a released checkpoint",
     "sh scripts/run_predict.sh released.pth": "needs a released checkpoint",
-    "python -m utils.config train configs/k400/": "needs Kinetics",
+    "python -m utils.config_schema": "tests/test_config.py compares the page",
+    "python tests/bad_input.py": "tests/test_bad_input.py compares the page",
+    "python tools/draw_method.py": "tests/test_documents.py compares the figure",
+    "python tools/draw_predictions.py": "replaces the picture of the README; tests/test_draw_predictions.py runs it",
     "tensorboard": "serves until Ctrl+C",
 }
 # Commands of other programs, word for word; nothing of ours can check their arguments.
@@ -70,16 +73,14 @@ FOREIGN = {
     "python -m pip install -r requirements.txt",
     "python -m pip install -r requirements-extras.txt",
     "pip install -r requirements-extras.txt",
-    "wandb sync exp_onehot/wandb/wandb/offline-run-*",
-    "git checkout v0.3.0",
+    "wandb sync",
     "hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K open_clip_model.safetensors open_clip_config.json "
     "--local-dir clip_pretrain/laion",
     "zip -0 -j out/001.zip frames/001/*",
-    "python3.12 -m venv .venv",
 }
-VARIABLES = "NUM_GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT DEVICE CUDA_VISIBLE_DEVICES WANDB_MODE HF_ENDPOINT".split()
-PLACEHOLDERS = {"N": "1", "E": "1", "SECONDS": "1.0", "P": "fp32", "W": "1", "1,": "1"}
-STARTS = r"(?:sh scripts/|python |sbatch |docker run|tensorboard |pip |hf |wandb |pre-commit |[A-Z_]+=\S+ (?:sh|python) )"
+VARIABLES = {"NUM_GPUS", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "DEVICE", "CUDA_VISIBLE_DEVICES"}
+PLACEHOLDERS = {"SOURCE": "folders", "N": "1", "E": "1", "SECONDS": "1.0", "P": "fp32", "W": "1", "1,": "1"}
+STARTS = r"(?:sh scripts/|python |sbatch |docker run|tensorboard |pip |hf |wandb |zip |pre-commit |[A-Z_]+=\S+ sh )"
 
 
 class Block(NamedTuple):
@@ -96,8 +97,8 @@ def read(page: str) -> str:
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page in order."""
     text = read(page)
-    found = [Block(*match) for match in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)]
-    assert text.count("```") == 2 * len(found), f"{page}: a fence that is not closed, or not at the start of a line"
+    found = [Block(language, dedent(inside)) for _, language, inside in re.findall(FENCE, text, FLAGS)]
+    assert text.count("```") == 2 * len(found), f"{page}: a fence that is not closed, or ends further in or out"
     return found
 
 
@@ -107,11 +108,10 @@ def steps(page: str) -> list[tuple[str, str]]:
     The file of a yaml block is the last one that the text above it names.
     """
     found, file = [], ""
-    pattern = r"`(configs/\w+\.yaml)`|^```(\w*)\n(.*?)^```$"
-    for name, language, text in re.findall(pattern, read(page), flags=re.MULTILINE | re.DOTALL):
+    for name, _, language, text in re.findall(rf"`(configs/\w+\.yaml)`|{FENCE}", read(page), FLAGS):
         file = name or file
         if language in ("sh", "yaml"):
-            found.append((file if language == "yaml" else "sh", text))
+            found.append((file if language == "yaml" else "sh", dedent(text)))
     return found
 
 
@@ -128,10 +128,13 @@ def commands(page: str) -> list[str]:
 
 def other_commands(page: str) -> list[str]:
     """Commands that stand elsewhere on a page: in the text, as `command`, in other blocks, and in indented lines."""
-    text = re.sub(r"^```sh\n.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
-    lines = re.findall(rf"^ *({STARTS}.*)$", text, flags=re.MULTILINE)
-    spans = re.findall(rf"(?<!`)`\s?({STARTS}[^`]*)`(?!`)", text.replace("\n", " "))
-    return [" ".join(command.split()) for command in [*lines, *spans]]
+    others = "\n".join(block.text for block in blocks(page) if block.language != "sh")
+    text = re.sub(FENCE, "", read(page), flags=FLAGS)
+    lines = re.findall(rf"^({STARTS}.*)$", others, re.MULTILINE) + re.findall(
+        rf"^ {{4,}}({STARTS}.*)$", text, re.MULTILINE
+    )
+    spans = re.findall(r"`([^`]+)`", text)
+    return [" ".join(command.split()) for command in [*lines, *(span for span in spans if re.match(STARTS, span))]]
 
 
 def is_usage(command: str) -> bool:
@@ -187,7 +190,8 @@ def program(words: list[str]) -> tuple[Callable, list[str]]:
 def parse(command: str) -> None:
     """Let the real parser read the arguments of a command, and the real configuration its keys; run nothing."""
     if command in FOREIGN:
-        return
+        return None
+    command = re.sub(r" > docs/\w+\.(md|svg)$", "", command)
     command = re.sub(r"\s\[|\]|(?<=\w)\.\.\.|\s\.\.\.", " ", command).replace("\\|", "|")
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(re.sub(r"\|\d[\d|]*", "", command))]
     words = ["seed=1" if word == "key=value" else word for word in words]
@@ -195,6 +199,19 @@ def parse(command: str) -> None:
         assert words[0].partition("=")[0] in VARIABLES, f"{words[0]}: no variable that a script or program reads"
         words.pop(0)
     match words:
+        case ["sh", "scripts/run_demo.sh"]:
+            lines = [re.sub(r'^"\$PYTHON"', "python", line) for line in split(read("scripts/run_demo.sh"))]
+            ours = [line for line in lines if line.startswith(("python -m", "sh "))]
+            assert len(ours) == 4
+            for line in ours:
+                parse(line)
+            return None
+        case ["sh" | "python", path]:  # a name in the text
+            assert (REPOSITORY / path).is_file(), f"{path} is not there"
+            return None
+        case ["python", "-m", module]:
+            assert importlib.util.find_spec(module), f"{module} is not there"
+            return None
         case ["sbatch", *rest] | ["docker", "run", *rest]:
             while not rest[0].startswith(("sh", "scripts/")):
                 rest.pop(0)
@@ -204,13 +221,6 @@ def parse(command: str) -> None:
         case ["sh", "scripts/run_tests.sh" | "scripts/run_tests_oldest.sh", *rest]:
             missing = [word for word in rest if word.endswith(".py") and not (REPOSITORY / word).exists()]
             assert not missing, missing
-            return None
-        case ["sh", "scripts/run_demo.sh"]:
-            lines = [re.sub(r'^"\$PYTHON"', "python", line) for line in split(read("scripts/run_demo.sh"))]
-            ours = [line for line in lines if line.startswith(("python -m", "sh "))]
-            assert len(ours) == 4
-            for line in ours:
-                parse(line)
             return None
         case ["python", "-m", "torch.distributed.run", *rest]:
             from torch.distributed.run import get_args_parser
@@ -222,20 +232,19 @@ def parse(command: str) -> None:
 
             TensorBoard().configure(["tensorboard", *rest])
             return None
-        case ["python", "-m", "tools.memory_page" | "tools.list_architectures" as module, *rest]:
-            assert not rest and importlib.import_module(module).main
-            return None
     main, arguments = program(words)
     check_keys(arguments)
     if main is config_program.main:
         return None
-    with stopping_after_the_parser(), contextlib.redirect_stderr(io.StringIO()) as errors:
+    output = contextlib.redirect_stdout(io.StringIO())
+    with stopping_after_the_parser(), output, contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
             main(arguments)
         except Parsed:
             return None
-        except SystemExit:
-            raise AssertionError(f"{command}: {errors.getvalue().strip()}") from None
+        except SystemExit as ended:
+            assert not ended.code, f"{command}: {errors.getvalue().strip()}"
+            return None  # -h
     raise AssertionError(f"{command}: the program has no parser")
 
 
@@ -259,7 +268,9 @@ def run(command: str) -> str:
     if re.search(r"\s[|<>]\s|torch\.distributed\.run", command):
         environment = {**os.environ, "PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "PYTHON": sys.executable}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(["sh", "-eu", "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ["sh", "-eu", "-c", command], env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
     main, arguments = program(shlex.split(command))

@@ -71,9 +71,7 @@ def test_the_first_command_prints_as_the_page_shows(followed):
         assert re.fullmatch(r"  [01]\.\d{4}  .*", line) and name in CLASSES
     assert re.fullmatch(r"  0\.\d{4}  .*", shown[1]) and shown[1].split(maxsplit=1)[1] in CLASSES
     several = output_of(followed, "predictions.json").splitlines()
-    assert len(several) == 10 * 4 and several[4].startswith(
-        "demo_data/motion/videos/val_00001.mp4: 16 frames, 6 views"
-    )
+    assert len(several) == 10 * 4 and several[4].startswith("demo_data/motion/videos/val_00001.mp4: 16 frames, 6 views")
 
 
 def test_pipes_overlays_and_templates_do_what_the_page_says(followed):
