@@ -76,12 +76,25 @@ class TerminalSink(Sink):
 
     def write(self, row: Row, text: str) -> None:
         if self._line is not None and row["kind"] == "train":
-            self._line.set_postfix_str(text.partition("] ")[2], refresh=False)
+            self._line.set_postfix_str(living_text(row, text), refresh=False)
 
     def close(self) -> None:
         if self._line is not None:
             self._line.close()
         self._line = None
+
+
+def living_text(row: Row, text: str) -> str:
+    """The numbers of a training row for a line of a terminal, which cuts what is too long: what matters most is first.
+
+    Args:
+        text: of the row; only it holds the times left.
+    """
+    left = text.partition(", left ")[2].replace(" of the epoch", "").replace(" of the run", " in all")
+    return (
+        f"loss {row['loss']:.4f}, left {left}, {row['clips_per_second']:.1f} clips/s, waiting for data "
+        f"{100 * row['waiting']:.0f} %, {row['memory_mb']:.0f} MB, lr {row['lr']:.1e}"
+    )
 
 
 class PictureFile(Sink):

@@ -73,7 +73,7 @@ require_modules() {
     is_python_3_10 "$PYTHON" || fail "$PYTHON is not Python 3.10 or newer"
     missing=$(
         "$PYTHON" -c 'import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if not u.find_spec(m)))' \
-            torch torchvision timm numpy PIL simplejpeg numba yaml dotmap tqdm "$@"
+            torch torchvision timm safetensors numpy PIL simplejpeg numba yaml dotmap tqdm tensorboard av "$@"
     )
     [ -z "$missing" ] || fail "$PYTHON lacks $missing: install requirements.txt${1:+ and requirements-dev.txt} there," \
         "or run sh scripts/run_demo.sh with PYTHON unset and no environment active, which makes .venv"

@@ -30,6 +30,7 @@ from tools import (
     convert_checkpoint,
     demo_page,
     download_weights,
+    draw_predictions,
     motion_demo,
     motion_test,
     plan,
@@ -210,6 +211,9 @@ def configuration_cases() -> Iterator[Case]:
     ):
         more = ["network.init=True"] if key == "network.weights" else []
         yield Case("Paths", f"{key} that is not there", train_program.main, train(f"{key}=DIR/gone", *more))
+    gone = [f"{key}=DIR/gone" for key in ("data.train_list", "data.val_root", "data.label_list", "network.weights")]
+    yield Case("Paths", "several things that are not there", train_program.main, train(*gone, "network.init=True"))
+    yield Case("Paths", "several of a test", test_program.main, test(*gone[1:3]))
 
 
 def list_cases() -> Iterator[Case]:
@@ -397,6 +401,11 @@ def tool_cases() -> Iterator[Case]:
         ("motion test: a checkpoint that is not there", motion_test.main, ["DIR/tiny.yaml", "DIR/m.pt"], {}),
         ("visualize: a checkpoint that is not there", visualize.main, ["DIR/m.pt", "DIR/v.mp4", "DIR/out"], {}),
         ("visualize: pictures below a file", visualize.main, ["DIR/m.pt", "DIR/v.mp4", "DIR/tiny.yaml/out"], {}),
+        ("draw_predictions: no gif", draw_predictions.main, ["DIR/m.pt", "DIR/v.mp4", "--out", "DIR/out.png"], {}),
+        ("draw_predictions: no columns", draw_predictions.main,
+         ["DIR/m.pt", "DIR/v.mp4", "--out", "DIR/out.gif", "--columns", "0"], {}),
+        ("draw_predictions: a checkpoint that is not there", draw_predictions.main,
+         ["DIR/m.pt", "DIR/v.mp4", "--out", "DIR/out.gif"], {}),
         ("test.py: a report that is a file", test_program.main, test("--report", "DIR/tiny.yaml"), {}),
         ("test.py: a report without labels", test_program.main,
          test("--report", "DIR/out", "data.val_list=DIR/u.txt"), {"u.txt": "val_00000 4 -1\n"}),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pages
 import pytest
 import yaml
 from tiny import random_frame, save_untrained
@@ -40,6 +41,14 @@ def make_frame_folders(tmp_path: Path) -> Callable[..., tuple[str, str]]:
 def motion_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "motion"
     generate(root, train_videos=16, val_videos=7, size=32, num_frames=6)
+    return root
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory):
+    """The folder in which the commands of the pages are done (tests/pages.py)."""
+    root = tmp_path_factory.mktemp("reader")
+    pages.make_folder(root)
     return root
 
 

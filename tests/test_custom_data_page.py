@@ -1,39 +1,22 @@
 """docs/custom_data.md, followed step by step: its files are written and its commands run, on sixteen small videos."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import torch
+from tiny import REPOSITORY
 
 from tools import motion_demo
 from utils.config import load_config
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PAGE = (REPOSITORY / "docs" / "custom_data.md").read_text(encoding="utf-8")
-PROGRAMS = ("train.py", "test.py", "datasets", "engine", "modules", "scripts", "tools", "utils")
+PAGE = "docs/custom_data.md"
 CLASSES = ["growing", "moving left", "moving right", "shrinking"]
 VIDEOS = 4  # of each class
-
-
-def steps() -> list[tuple[str, str]]:
-    """(what, text) of each block in order: "sh" and commands, or a file's name and content.
-
-    The file of a yaml block is the last one that the text above it names.
-    """
-    found, file = [], None
-    for match in re.finditer(r"`(configs/\w+\.yaml)`|^```(\w*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL):
-        name, language, text = match.groups()
-        file = name or file
-        if language:
-            found.append((file if language == "yaml" else language, text))
-    return found
 
 
 def make_videos(root: Path) -> None:
@@ -54,32 +37,10 @@ def make_videos(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory):
-    """Follow the whole page; returns (folder, [(commands, their output)])."""
-    root = tmp_path_factory.mktemp("reader")
-    for name in PROGRAMS:
-        source = REPOSITORY / name
-        if source.is_dir():
-            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, root)
-    make_videos(root)
-    (root / "bin").mkdir()
-    (root / "bin" / "python").write_text(f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
-    (root / "bin" / "python").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{root / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    printed = []
-    for what, text in steps():
-        if what == "sh":
-            command = ["sh", "-eu", "-c", text]
-            done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-            printed.append((text, done.stdout))
-        else:
-            (root / what).parent.mkdir(exist_ok=True)
-            (root / what).write_text(text)
-    return root, printed
+def followed(reader):
+    """Follow the whole page; returns (folder, [(command, its output)])."""
+    make_videos(reader)
+    return reader, pages.follow(PAGE, reader)
 
 
 def test_the_page_gives_a_real_tower_the_recipe_of_the_shipped_configuration(followed):
@@ -98,11 +59,11 @@ def lines(path):
 
 
 def test_every_block_of_the_page_is_a_command_or_a_file_that_a_command_reads():
-    blocks = steps()
-    commands = "".join(text for what, text in blocks if what == "sh")
-    files = [what for what, _ in blocks if what != "sh"]
+    steps = pages.steps(PAGE)
+    commands = "".join(text for what, text in steps if what == "sh")
+    files = [what for what, _ in steps if what != "sh"]
     assert len(files) == len(set(files)) and all(file in commands for file in files)
-    assert PAGE.count("```") == 2 * (len(blocks) + 2)  # two more blocks show the folders, and lines of segments
+    assert len(pages.blocks(PAGE)) == len(steps) + 2  # two more blocks show the folders, and lines of segments
 
 
 def test_the_page_leads_to_lists_as_it_describes_them(followed):
@@ -130,13 +91,13 @@ def test_the_page_leads_to_a_trained_model_and_scores(followed):
     protocol = json.loads(str(saved["protocol"]))
     assert (protocol["dataset"], protocol["protocol"], protocol["resize"]) == ("mine", "kinetics", 36)
     assert "labels swapped: 'moving left' and 'moving right'\n" in (root / "exp_onehot/mine/train.log").read_text()
-    (tested,) = [output for text, output in printed if "run_test_vision.sh" in text]
+    tested = pages.output_of(printed, "run_test_vision.sh")
     assert "4 frames x 3 crops x 2 clips on 4 videos: top-1 " in tested
 
 
 def test_the_page_leads_to_the_same_model_on_frames_and_on_fewer_classes(followed):
     root, printed = followed
-    on_frames, on_packed = [output for text, output in printed if "configs/mine_frames.yaml" in text]
+    on_frames, on_packed = [output for command, output in printed if "configs/mine_frames.yaml" in command]
     # Without date and time before, and the seconds a video behind.
     scores = [re.findall(r"(?m)^\S+ \S+ (\d.* top-1 [^,\n]*)", output) for output in (on_frames, on_packed)]
     assert scores[0] == scores[1] != []

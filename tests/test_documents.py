@@ -4,6 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pages
 import pytest
 import yaml
 
@@ -11,17 +12,16 @@ from tools import draw_method
 from utils.version import VERSION
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "clip_pretrain/README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def test_the_figure_is_the_one_that_the_script_prints():
     assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == draw_method.figure()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", pages.ALL)
 def test_every_relative_link_leads_to_a_file(page):
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", pages.read(page))
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_the_tree_of_the_readme_names_every_folder_and_program():

@@ -200,7 +200,8 @@ def test_a_terminal_has_one_living_line_and_a_pipe_none(monkeypatch):
         monkeypatch.setenv("TERM", "xterm")
         sink = TerminalSink(epochs=3)
         sink.start_epoch(0, 5, 0)
-        sink.write({"kind": "train"}, "epoch 0 [1/5] loss 1.2345, left 0:01:00 of the epoch, 0:02:00 of the run")
+        row = {"kind": "train", "loss": 1.2345, "lr": 1e-3, "clips_per_second": 9.5, "waiting": 0.1, "memory_mb": 100.0}
+        sink.write(row, "epoch 0 [1/5] loss 1.2345, left 0:01:00 of the epoch, 0:02:00 of the run")
         for _ in range(5):
             sink._line and setattr(sink._line, "last_print_t", 0)
             sink.step()

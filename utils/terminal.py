@@ -25,7 +25,7 @@ def living_line(total: int, name: str, done: int = 0, unit: str = "step", show: 
         disable=not (show and is_terminal()),
         leave=False,
         dynamic_ncols=True,
-        bar_format="{desc} {n_fmt}/{total_fmt} {postfix}",
+        bar_format="{desc} {n_fmt}/{total_fmt}{postfix}",
     )
 
 
