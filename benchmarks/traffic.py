@@ -97,8 +97,7 @@ def describe(arch: str, num_clips: int, recompute: bool, by_operator: bool) -> l
     traffic, work = count_step(arch, num_clips, recompute)
     others = sum(traffic.other_bytes.values())
     times = ", ".join(
-        f"{name} {1000 * work.seconds(card, tf32=False):.0f} ms, of which {1000 * others / card.bandwidth:.0f} ms beside "
-        "products"
+        f"{name} {1000 * work.seconds(card, tf32=False):.0f} ms ({1000 * others / card.bandwidth:.0f} beside products)"
         for name, card in CARDS.items()
     )
     lines = [

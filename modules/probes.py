@@ -26,6 +26,10 @@ class Probe(nn.Module):
         *_, tokens = layer_tokens
         return self.pool(tokens.to(torch.float32))
 
+    def compile_blocks(self) -> None:
+        """As of SideNetwork."""
+        self.compile()
+
     def pool(self, tokens: Tensor) -> Tensor:
         """Float32 tokens (B, T, 1 + N, D) -> (B, width)."""
         raise NotImplementedError
