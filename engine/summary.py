@@ -111,7 +111,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     frozen, trained = _count(tower), _count(model.trained)
     lines = [
         f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
-        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen",
+        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen, in {config.network.backbone_dtype}",
         f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.pos.shape[1]} read the "
         f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_millions(_count(side))}; "
         f"head: {_millions(_count(head))}",
