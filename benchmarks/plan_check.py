@@ -22,7 +22,7 @@ from dotmap import DotMap
 
 from benchmarks.allocations import measure_memory
 from benchmarks.machine import describe_machine
-from engine.configuration import resolve_config
+from benchmarks.shipped_models import untrained_config
 from engine.plan import (
     planned_precision,
     rehearsing,
@@ -33,7 +33,6 @@ from engine.plan import (
     update_once,
 )
 from modules import build_model
-from utils.config import load_config
 
 RESULT = Path("benchmarks/results/plan_check.txt")
 TOLERANCE = 0.1
@@ -64,8 +63,7 @@ HEAP_CASE = "B/16"  # whose resident set is also taken by default
 def configuration(name: str) -> DotMap:
     """The resolved configuration of a case, on a CPU, with a random tower."""
     file, *overrides = CASES[name]
-    changes = [*overrides, "network.init=False", "network.weights=None", "test.view_batch=4"]
-    return resolve_config(load_config(f"configs/k400/{file}.yaml", changes, "model"), CPU)
+    return untrained_config(file, [*overrides, "test.view_batch=4"], CPU)
 
 
 def training(config: DotMap) -> None:

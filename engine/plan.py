@@ -199,11 +199,15 @@ def update_once(
     batches: list[dict[str, Tensor]],
     config: DotMap,
     precision: Precision,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """One update of the weights, by `train_one_epoch`."""
+    """One update of the weights, by `train_one_epoch`.
+
+    Args:
+        scaler: None for none. In a dry run it would ask for values; it holds two numbers.
+    """
     config = with_values(config, solver__grad_accumulation_steps=len(batches))
-    # Without a scaler: it would ask for values. It holds two numbers.
-    scaler = torch.amp.GradScaler(precision.device.type, enabled=False)
+    scaler = scaler or torch.amp.GradScaler(precision.device.type, enabled=False)
     train_one_epoch(model, batches, optimizer, scaler, precision, 0, config, _Silent())  # type: ignore[arg-type]
 
 
