@@ -20,9 +20,11 @@ from utils.config import Purpose, config_from_dict, load_config, resize_problem
 from utils.config_schema import FIELDS, SECTIONS
 from utils.distributed import device_type
 from utils.errors import ConfigError
-from utils.precision import resolve_precision
+from utils.precision import has_bfloat16_units, resolve_precision
 
-# Keys that may be open in a file (None, or `auto`), and that `resolve_config` fills.
+OPEN_DTYPES = ("precision", "auto")  # values of `network.backbone_dtype` that are no type
+
+# Keys that may be open in a file (None, or one of OPEN_DTYPES), and that `resolve_config` fills.
 DERIVED_KEYS = (
     "data.protocol",
     "data.input_size",
@@ -96,6 +98,7 @@ def config_of_checkpoint(
     overrides: Sequence[str] = (),
     purpose: Purpose = "test",
     device: torch.device | None = None,
+    predicting: bool = False,
 ) -> DotMap:
     """The resolved configuration that a checkpoint holds.
 
@@ -106,7 +109,7 @@ def config_of_checkpoint(
         checkpoint: of `read_checkpoint`.
         source: its file, for errors.
         overrides, purpose: as of `load_config`.
-        device: as of `resolve_config`.
+        device, predicting: as of `resolve_config`.
 
     Raises:
         ConfigError: the checkpoint holds no configuration, or as from `load_config` and `resolve_config`.
@@ -117,8 +120,8 @@ def config_of_checkpoint(
         found = f", such as {beside}" if beside.is_file() else ""
         raise ConfigError(f"{source}: {kind} holds no configuration; name its YAML file by config (--config){found}")
     plain = copy.deepcopy(checkpoint["config"])
-    plain.get("network", {})["backbone_dtype"] = "auto"
-    return resolve_config(config_from_dict(plain, str(source), purpose, overrides), device)
+    plain.get("network", {})["backbone_dtype"] = "precision"
+    return resolve_config(config_from_dict(plain, str(source), purpose, overrides), device, predicting)
 
 
 def changed_since_training(checkpoint: dict[str, Any], source: str | Path, config: DotMap) -> dict[str, dict[str, Any]]:
@@ -162,7 +165,7 @@ def _meaning(key: str, value: Any) -> Any:
     return find_architecture(value).timm_name.partition(".")[0] if key == "network.arch" else value
 
 
-def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap:
+def resolve_config(config: DotMap, device: torch.device | None = None, predicting: bool = False) -> DotMap:
     """Return a configuration in which every key of DERIVED_KEYS has its value; resolving it again changes nothing.
 
     The protocol follows from the data set's name, the size of the resize from the protocol; input size, mean, std and
@@ -171,6 +174,7 @@ def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap
 
     Args:
         device: where the model will run; None: the GPU if there is one.
+        predicting: the model only answers, so the tower's type `auto` may be faster than that of a test.
 
     Raises:
         ConfigError: unknown architecture, or one whose input size or mean timm does not state, or `data.resize` below
@@ -193,8 +197,9 @@ def resolve_config(config: DotMap, device: torch.device | None = None) -> DotMap
     if network["side_layers"] is None:
         is_probe = network["side"] in PROBES
         network["side_layers"] = "last:1" if is_probe else VARIANT_LAYERS[network["side_variant"]]
-    if network["backbone_dtype"] == "auto":
-        network["backbone_dtype"] = _automatic_dtype(plain["solver"]["precision"], device)
+    if network["backbone_dtype"] in OPEN_DTYPES:
+        asked = predicting and network["backbone_dtype"] == "auto"
+        network["backbone_dtype"] = _tower_dtype(plain["solver"]["precision"], device, asked)
     plain["test"]["view_batch"] = plain["test"]["view_batch"] or data["batch_size"]
     runs = {name: resolve_config(own, device).toDict() for name, own in config.runs.items()}
     plain["runs"] = runs
@@ -217,9 +222,10 @@ def default_config(**changes: Any) -> DotMap:
     return resolve_config(config_from_dict(plain, "default_config", purpose="model"))
 
 
-def _automatic_dtype(precision: str, device: torch.device | None) -> str:
-    """The type of `solver.precision` on a GPU, float32 on a CPU."""
+def _tower_dtype(precision: str, device: torch.device | None, fast: bool) -> str:
+    """The type of `solver.precision` on a GPU; on a CPU bfloat16 for bf16, and if `fast` for amp, if it has units."""
     device = device or torch.device(device_type())
-    if device.type != "cuda":
-        return "float32"
-    return str(resolve_precision(precision, device).dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return str(resolve_precision(precision, device).dtype).removeprefix("torch.")
+    wanted = precision == "bf16" or (fast and precision == "amp")
+    return "bfloat16" if wanted and has_bfloat16_units() else "float32"

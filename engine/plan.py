@@ -204,19 +204,25 @@ def update_once(
     batches: list[dict[str, Tensor]],
     config: DotMap,
     precision: Precision,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """One update of the weights, by `train_one_epoch`."""
+    """One update of the weights, by `train_one_epoch`.
+
+    Args:
+        scaler: None for none. In a dry run it would ask for values; it holds two numbers.
+    """
     run = silent_run(with_values(config, solver__grad_accumulation_steps=len(batches)), model, precision, optimizer)
+    run.scaler = scaler or run.scaler
     train_one_epoch([run], batches, 0)  # type: ignore[arg-type]  # a loader is iterated
 
 
 def silent_run(
     config: DotMap, model: Side4Video, precision: Precision, optimizer: torch.optim.Optimizer | None = None
 ) -> Run:
-    """A run that reports nothing and never asks for a value; with its own optimizer unless another is given."""
+    """A run that reports nothing, without a scaler; with its own optimizer unless another is given."""
     run = Run(config, model, precision)
     run.optimizer, run.reporter = optimizer or run.optimizer, _Silent()  # type: ignore[assignment]
-    run.scaler = torch.amp.GradScaler(precision.device.type, enabled=False)  # one holds two numbers
+    run.scaler = torch.amp.GradScaler(precision.device.type, enabled=False)
     return run
 
 

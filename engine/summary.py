@@ -123,7 +123,8 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
         what = f"probe: {config.network.side}, reads the tower after its block {model.layers[-1]} (from 0), {frames}"
     lines = [
         f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
-        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen",
+        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen, in "
+        f"{config.network.backbone_dtype}",
         f"{what}: {_millions(_count(side))}; head: {_millions(_count(head))}",
         f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
         f"{tower.timm_size} x {tower.timm_size}; mean {_join(config.data.mean)}, std {_join(config.data.std)}",

@@ -14,7 +14,7 @@ from dotmap import DotMap
 
 from engine.averaging import AveragedWeights
 from engine.class_names import class_order, names_differ
-from engine.configuration import DERIVED_KEYS
+from engine.configuration import DERIVED_KEYS, OPEN_DTYPES
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
 from utils.config_schema import FIELDS
@@ -221,7 +221,7 @@ def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
 def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) for each difference of two configurations as plain dictionaries.
 
-    Derived values that older checkpoints left open (None, or `auto`) do not count. A key that is younger than the
+    Derived values that older checkpoints left open (None, or OPEN_DTYPES) do not count. A key that is younger than the
     checkpoint had its default.
     """
     found = []
@@ -231,7 +231,7 @@ def changed_values(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
         a, b = old.get(key, default), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changed_values(a, b, f"{name}.")
-        elif a != b and name not in ("resume", "pretrain") and not (name in DERIVED_KEYS and a in (None, "auto")):
+        elif a != b and name not in ("resume", "pretrain") and not (name in DERIVED_KEYS and a in (None, *OPEN_DTYPES)):
             found.append((name, a, b))
     return found
 

@@ -1,5 +1,6 @@
 """A checkpoint that answers: which class a video shows, scores, and features."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from utils.config import load_config
 from utils.distributed import device_type
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.precision import Precision, prepare_precision
+
+log = logging.getLogger(__name__)
 
 CROPS = (1, 3, 5, 10)
 BEST = "model_best.pt"
@@ -97,7 +100,8 @@ class Recognizer:
             weights: file of the tower. None looks in clip_pretrain/ for the one with the checkpoint's hash.
             device: `auto` is the GPU if there is one, else the CPU.
             precision: `amp` (bf16 where the GPU has it, else fp16; fp32 on a CPU), `bf16`, `fp16` or `fp32`. It also
-                decides the type of the tower, unless `overrides` do.
+                decides the type of the tower, unless `overrides` do; network.backbone_dtype=auto takes bfloat16 for
+                `amp` on a CPU that has units for it.
             workers: loader processes; 0 reads in this one.
             overrides: `key=value` in place of the configuration's, such as data.image_tmpl=frame_{:06d}.png
 
@@ -111,6 +115,7 @@ class Recognizer:
         settings = read_settings(content, path, config, overrides, chosen, precision, workers)
         model = load_whole_model(settings, content, path, weights)
         model.place(chosen)
+        log.info("the tower runs in %s on %s", settings.network.backbone_dtype, chosen)
         names = class_names_of(content, settings)
         return cls(model, settings, names, prepare_precision(settings.solver, chosen))
 
@@ -298,12 +303,12 @@ def read_settings(
     machine = [f"data.workers={workers}", f"solver.precision={precision}", "solver.compile=False"]
     overrides = [*machine, "network.shard_backbone=False", *overrides]
     if config is None:
-        return config_of_checkpoint(checkpoint, path, overrides, "model", device)
+        return config_of_checkpoint(checkpoint, path, overrides, "model", device, predicting=True)
     if checkpoint.get("config"):
         raise ConfigError(
             f"{config}: not needed, {path} holds its own configuration; leave it out, and change keys by overrides"
         )
-    return resolve_config(load_config(str(config), overrides, "model"), device)
+    return resolve_config(load_config(str(config), overrides, "model"), device, predicting=True)
 
 
 def class_names_of(checkpoint: dict[str, Any], config: DotMap) -> list[str]:

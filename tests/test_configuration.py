@@ -7,10 +7,13 @@ import torch
 import yaml
 from tiny import train_run
 
-from engine.configuration import DERIVED_KEYS, default_config, read_config, resolve_config
+from engine import configuration
+from engine.configuration import DERIVED_KEYS, OPEN_DTYPES, default_config, read_config, resolve_config
 from engine.training_state import changed_values
 from utils.config import load_config
+from utils.config_schema import FIELDS
 from utils.errors import ConfigError
+from utils.precision import has_bfloat16_units
 
 
 def value_of(config, key):
@@ -22,7 +25,7 @@ def value_of(config, key):
 def test_no_derived_value_is_left_open_and_resolving_again_changes_nothing(arch):
     network = {"arch": arch, "backbone_kwargs": {}}
     config = default_config(data={"input_size": None}, network=network)
-    assert not [key for key in DERIVED_KEYS if value_of(config, key) in (None, "auto")]
+    assert not [key for key in DERIVED_KEYS if value_of(config, key) in (None, *OPEN_DTYPES)]
     assert resolve_config(config).toDict() == config.toDict()
 
 
@@ -69,7 +72,7 @@ def test_a_value_that_an_older_checkpoint_left_open_is_no_change():
     old = copy.deepcopy(new)
     for key in DERIVED_KEYS:
         section, _, name = key.rpartition(".")
-        old[section][name] = "auto" if name == "backbone_dtype" else None
+        old[section][name] = "auto" if name == "backbone_dtype" else None  # an earlier default
     old["solver"]["clip_grad"], old["data"]["mean"] = 1.0, [0.0, 0.0, 0.0]
     assert changed_values(old, new) == [
         ("data.mean", [0.0, 0.0, 0.0], new["data"]["mean"]),
@@ -81,3 +84,45 @@ def test_a_tower_on_a_gpu_has_the_type_of_the_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert default_config(solver={"precision": "bf16"}).network.backbone_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "asked, precision, units, in_tests, in_predictions",
+    [
+        ("precision", "amp", True, "float32", "float32"),
+        ("precision", "fp32", True, "float32", "float32"),
+        ("precision", "bf16", True, "bfloat16", "bfloat16"),
+        ("precision", "bf16", False, "float32", "float32"),
+        ("auto", "amp", True, "float32", "bfloat16"),
+        ("auto", "amp", False, "float32", "float32"),
+        ("auto", "fp32", True, "float32", "float32"),
+        ("auto", "fp16", True, "float32", "float32"),
+        ("auto", "bf16", True, "bfloat16", "bfloat16"),
+        ("float32", "bf16", True, "float32", "float32"),
+        ("bfloat16", "fp32", False, "bfloat16", "bfloat16"),
+    ],
+)
+def test_a_tower_on_a_cpu_is_in_bfloat16_only_where_asked_and_where_it_pays(
+    monkeypatch, asked, precision, units, in_tests, in_predictions
+):
+    monkeypatch.setattr(configuration, "has_bfloat16_units", lambda: units)
+    config = default_config()
+    config.network.backbone_dtype, config.solver.precision = asked, precision
+    cpu = torch.device("cpu")
+    assert resolve_config(config, cpu).network.backbone_dtype == in_tests
+    predicting = resolve_config(config, cpu, predicting=True)
+    assert predicting.network.backbone_dtype == in_predictions
+    assert resolve_config(predicting, cpu).toDict() == predicting.toDict()
+
+
+def test_the_default_is_no_type_that_depends_on_the_cpu():
+    assert FIELDS["network.backbone_dtype"].default == "precision"
+
+
+def test_units_that_pytorch_does_not_use_do_not_count(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for capability, library, expected in (("AVX512", True, True), ("AVX2", True, False), ("AVX512", False, False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda library=library: library)
+        assert has_bfloat16_units() is expected

@@ -76,15 +76,16 @@ def test_a_projection_without_autocast_takes_tokens_of_any_type(placement):
 @pytest.mark.parametrize(
     "name, cuda, precision, expected",
     [
-        ("auto", False, "bf16", torch.float32),
+        ("precision", True, "bf16", torch.bfloat16),
         ("auto", True, "fp16", torch.float16),
         ("auto", True, "fp32", torch.float32),
         ("float16", False, "fp32", torch.float16),
         ("float32", True, "bf16", torch.float32),
     ],
 )
-def test_auto_is_the_type_of_autocast_on_a_gpu(monkeypatch, name, cuda, precision, expected):
+def test_an_open_type_is_that_of_autocast_on_a_gpu(monkeypatch, name, cuda, precision, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     config = default_config(network={"backbone_dtype": name}, solver={"precision": precision})
     assert getattr(torch, config.network.backbone_dtype) == expected
 

@@ -1,5 +1,6 @@
 """A checkpoint that answers: the same scores as test.py, whatever the checkpoint's age, form and tower."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import yaml
 from tiny import REPOSITORY, published_form, save_untrained, score_run
 
+from engine import configuration
 from inference import Recognizer
 from inference.inputs import find_videos, template_of
 from modules import tower_files
@@ -129,10 +131,27 @@ def test_what_the_machine_of_the_training_decided_is_decided_anew(checkpoint, re
     other = Recognizer.load(tmp_path / "gpu.pt")
     assert other.model.backbone.dtype == torch.float32 and other.precision.name == "fp32"
     assert np.array_equal(other.scores([video]), recognizer.scores([video]))
-    assert Recognizer.load(tmp_path / "gpu.pt", precision="bf16").model.backbone.dtype == torch.float32  # on a CPU
     half = Recognizer.load(tmp_path / "gpu.pt", precision="bf16", overrides=["network.backbone_dtype=bfloat16"])
     assert half.model.backbone.dtype == torch.bfloat16 and half.precision.name == "bf16"
     assert 0 < np.abs(half.scores([video]) - other.scores([video])).max() < 0.1
+
+
+def test_auto_takes_a_faster_tower_for_predictions_says_so_and_leaves_tests_alone(
+    checkpoint, recognizer, config, video, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(configuration, "has_bfloat16_units", lambda: True)
+    caplog.set_level(logging.INFO)
+    fast = Recognizer.load(checkpoint, overrides=["network.backbone_dtype=auto"])
+    assert "the tower runs in bfloat16 on cpu" in caplog.messages
+    assert fast.config.network.backbone_dtype == "bfloat16" and fast.precision.name == "fp32"
+    assert 0 < np.abs(fast.scores([video]) - recognizer.scores([video])).max() < 0.05
+    exact = Recognizer.load(checkpoint, precision="fp32", overrides=["network.backbone_dtype=auto"])
+    assert np.array_equal(exact.scores([video]), recognizer.scores([video]))
+    saved = [
+        score_run(config, checkpoint, tmp_path / f"{name}.npz", f"network.backbone_dtype={name}")["scores"]
+        for name in ("auto", "float32")
+    ]
+    assert np.array_equal(*saved)
 
 
 def test_a_folder_and_safetensors_are_checkpoints_too(config, checkpoint, recognizer, video, tmp_path):

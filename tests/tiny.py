@@ -61,7 +61,7 @@ def tiny_tower(arch="ViT-B/16", **kwargs):
     return FrozenTower(find_architecture(arch).timm_name, 32, {**TOWER, **kwargs})
 
 
-def tiny_config(arch="ViT-B/16", init=False, weights=None, backbone_dtype="auto", **kwargs):
+def tiny_config(arch="ViT-B/16", init=False, weights=None, backbone_dtype="precision", **kwargs):
     """A resolved configuration of a tower of three blocks of width 32; `kwargs` are timm's."""
     network = {"arch": arch, "init": init, "weights": weights, "backbone_dtype": backbone_dtype}
     return default_config(network={**network, "backbone_kwargs": {**TOWER, **kwargs}})

@@ -1,6 +1,7 @@
 """Options that the programs which load a Recognizer share."""
 
 import argparse
+import sys
 
 import torch
 
@@ -47,7 +48,7 @@ def load_recognizer(args: argparse.Namespace, device: torch.device | None = None
         UserError: as `Recognizer.load`.
     """
     workers = min(MOST_WORKERS, usable_cores() - 1) if args.workers is None else args.workers
-    return Recognizer.load(
+    recognizer = Recognizer.load(
         args.checkpoint,
         config=args.config,
         weights=args.weights,
@@ -56,3 +57,6 @@ def load_recognizer(args: argparse.Namespace, device: torch.device | None = None
         workers=workers,
         overrides=args.overrides,
     )
+    if (dtype := recognizer.config.network.backbone_dtype) != "float32":
+        sys.stderr.write(f"the tower runs in {dtype}, as --precision and network.backbone_dtype decide\n")
+    return recognizer

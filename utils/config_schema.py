@@ -438,10 +438,11 @@ FIELDS = {
     ),
     "network.backbone_dtype": Field(
         "str",
-        "auto",
-        "Type of the frozen tower's weights and computation. `auto`: that of `solver.precision` on a GPU, float32 on a "
-        "CPU.",
-        _one_of("auto", "float32", "bfloat16", "float16"),
+        "precision",
+        "Type of the frozen tower's weights and computation. `precision`: on a GPU that of `solver.precision`; on a CPU "
+        "bfloat16 where `solver.precision` is bf16 and the CPU has units for it (AVX512-BF16 or AMX), otherwise "
+        "float32. `auto`: the same in training and tests; predictions with `amp` take bfloat16 on such a CPU too.",
+        _one_of("precision", "auto", "float32", "bfloat16", "float16"),
     ),
     "network.shard_backbone": Field(
         "bool", False, "Split the frozen tower's weights over the processes. Each block is gathered when it runs."

@@ -59,6 +59,14 @@ def resolve_precision(setting: str, device: torch.device) -> Precision:
     return Precision(setting, device)
 
 
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AVX512-BF16 or AMX), and PyTorch's CPU library uses that."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False  # ATEN_CPU_CAPABILITY can hide what the CPU has
+    # They are private: torch 2.8, the oldest supported, has no public ones.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def prepare_precision(solver: DotMap, device: torch.device) -> Precision:
     """The precision of a run, with the switches of this process set for it. Call it before the first product.
 

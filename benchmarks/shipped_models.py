@@ -1,0 +1,15 @@
+"""Shipped configurations with random weights, for measurements that need no files."""
+
+from collections.abc import Sequence
+
+import torch
+from dotmap import DotMap
+
+from engine.configuration import resolve_config
+from utils.config import load_config
+
+
+def untrained_config(file: str, overrides: Sequence[str], device: torch.device) -> DotMap:
+    """The resolved configuration of configs/k400/<file>.yaml for the device, with a random tower."""
+    changes = [*overrides, "network.init=False", "network.weights=None"]
+    return resolve_config(load_config(f"configs/k400/{file}.yaml", changes, "model"), device)
