@@ -216,7 +216,12 @@ def normalize_clips(clips: torch.Tensor, mean: tuple[float, ...], std: tuple[flo
     Returns:
         float32 (B, T, 3, H, W), on the device of `clips`.
     """
-    return clips.float().div_(255).sub_(per_channel(mean, clips.device)).div_(per_channel(std, clips.device))
+    return normalized(clips, per_channel(mean, clips.device), per_channel(std, clips.device))
+
+
+def normalized(clips: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """As `normalize_clips`, with mean and std as float32 (3, 1, 1) on the device of `clips`."""
+    return clips.float().div_(255).sub_(mean).div_(std)
 
 
 @functools.cache  # copying the constants to a GPU in every step would synchronise it

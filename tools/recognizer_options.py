@@ -25,11 +25,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """The arguments of `Recognizer.load` beside the checkpoint and `workers`."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file, for a released checkpoint, which holds none")
-    parser.add_argument("--weights", metavar="FILE", help="the tower's file, if it is not in clip_pretrain/")
+    add_source_options(parser)
     parser.add_argument(
         "--precision", choices=("amp", "bf16", "fp16", "fp32"), default="amp", help="of the model (default amp)"
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Where the parts of a model are that its checkpoint does not hold, and what is changed in its configuration."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file, for a released checkpoint, which holds none")
+    parser.add_argument("--weights", metavar="FILE", help="the tower's file, if it is not in clip_pretrain/")
     parser.add_argument(
         "--set",
         action="append",
@@ -38,7 +44,6 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="in place of the checkpoint's configuration, such as data.image_tmpl=frame_{:06d}.png; can be repeated",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
 
 
 def load_recognizer(args: argparse.Namespace, device: torch.device | None = None) -> Recognizer:

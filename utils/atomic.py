@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -91,3 +91,33 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_together(paths: Sequence[Path], write: Callable[[Path], object]) -> None:
+    """Call `write(folder)` on a new folder beside the paths, then move the files that it made there to the paths.
+
+    Each of `paths` that is in that folder, under its own name, is moved; a file of another name stays behind and is
+    removed with the folder. Old files of all paths are removed before the first one is moved, so a reader never meets
+    new files beside old ones. If `write` raises, the old files stay.
+
+    Args:
+        paths: all in one folder, which is made if it is missing.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    folder = paths[0].parent
+    with writing(paths[0]):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=f".{paths[0].name}.")
+    with temporary as name, writing(paths[0]):
+        write(Path(name))
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for path in paths:
+            if (made := Path(name) / path.name).exists():
+                with open(made, "rb") as file:
+                    os.fsync(file.fileno())
+                os.chmod(made, 0o644)
+                os.replace(made, path)
+        _sync_folder(folder)
