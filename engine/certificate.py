@@ -9,7 +9,7 @@ It is a dictionary, stored as JSON in the score file, beside the protocol of the
     environments        versions of libraries and the device, one entry for each in which videos were scored
     expected, scored, unreadable, damaged   numbers of videos: in the list; with scores; without; scored in part
 
-The protocol holds `list_sha256`, `model_sha256` (of the trained tensors), the decoder, and the rest that decides scores.
+The protocol holds `list_sha256`, `model_sha256` (of the trained tensors), the decoder, and what else decides scores.
 """
 
 import hashlib

@@ -305,8 +305,9 @@ def cite(file: Path, result: Scores, found: Bounds, not_checked: list[str]) -> s
     low, high = (100 * bound for bound in found.others)
     missing = found.total - found.scored
     bounds_text = (
-        f" {missing} of {found.total} videos are missing: over all of them, top-1 lies between {100 * found.worst:.2f} "
-        f"and {100 * found.best:.2f} % (at random: {100 * found.at_random.low:.2f} to {100 * found.at_random.high:.2f})."
+        f" {missing} of {found.total} videos are missing: over all, top-1 lies between {100 * found.worst:.2f} and "
+        f"{100 * found.best:.2f} % (if missing at random, {100 * found.at_random.low:.2f} to "
+        f"{100 * found.at_random.high:.2f})."
         if missing
         else " No video is missing."
     )

@@ -208,7 +208,8 @@ FIELDS = {
         "model",
         None,
         "Checkpoint to start a new training from: a file, ours or a released one; the folder of a run, or one that "
-        "`tools/publish.py` wrote; or a model of the Hugging Face Hub. For other classes the head is initialised again.",
+        "`tools/publish.py` wrote; or a model of the Hugging Face Hub. For other classes the head is initialised "
+        "again.",
     ),
     "seed": Field(
         "int", 1024, "Seed of initialisation, video order, frames, crops and flips.", _from_to(0, 4294967295)
