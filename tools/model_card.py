@@ -49,6 +49,7 @@ OPENAI_LIMITS = f"""The tower of this model is that of CLIP. OpenAI, its publish
 
 These are OpenAI's words, about CLIP itself. This model inherits the tower, and with it the reason to test each use on
 its own data first.
+
 """
 DATA_LICENCES = {  # start of data.dataset -> what its publishers say
     "kinetics": "The annotations of Kinetics are Google's, under CC BY 4.0. The videos belong to the people who "
@@ -191,7 +192,7 @@ model.predict("video.mp4")
 
 ## Limits of use
 
-{tower.limits}{chr(10) * bool(tower.limits)}- The model gives the most likely of its {data.num_classes} classes to every video, also to one that shows none of them.
+{tower.limits}- The model gives the most likely of its classes to every video, also to one that shows none of them.
 - Its accuracy is known for videos of the kind that it was tested on, and for no others.
 
 ## Licences
@@ -325,10 +326,7 @@ def _recipe_rows(published: Published) -> list[tuple[str, str]]:
     return [
         ("frames of a clip", f"{data.num_segments}{', dense' if data.dense else ''}, protocol `{data.protocol}`"),
         ("pixels", f"{data.input_size} x {data.input_size}, resized to {_plain(data.resize)}"),
-        (
-            "side network",
-            f"width {published.config.network.side_dim}, variant `{published.config.network.side_variant}`",
-        ),
+        ("side network", f"width {network.side_dim}, variant `{network.side_variant}`"),
         ("epochs", f"{checkpoint.get('epoch', UNKNOWN)} finished of {solver.epochs}"),
         ("batch", f"{batch}; {data.num_sample} clip(s) of each video"),
         ("optimizer", f"AdamW, betas {', '.join(map(str, solver.betas))}, weight decay {solver.weight_decay}"),

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     tests = [(Path(file).name, scores_of(file, state)) for file in args.scores]
     rows = read_rows(source.parent / METRICS)
     card = Published(
-        name=args.push or str(args.folder),
+        name=args.push or args.folder.absolute().name,
         licence=args.license,
         checkpoint=state,
         config=config,
@@ -156,9 +156,8 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what only the machine of the training has: absolute paths, and where it started."""
 
     def kept(value: Any) -> Any:
-        return (
-            None if isinstance(value, str) and (PurePosixPath(value).is_absolute() or value.startswith("~")) else value
-        )
+        private = isinstance(value, str) and (PurePosixPath(value).is_absolute() or value.startswith("~"))
+        return None if private else value
 
     data = {key: kept(value) if key in PATH_KEYS else value for key, value in config.get("data", {}).items()}
     network = {key: kept(value) if key == "weights" else value for key, value in config.get("network", {}).items()}
@@ -177,7 +176,8 @@ def scores_of(file: str, state: dict[str, Any]) -> Scores:
     found, stated = hash_tensors(state["trained"]), scores.protocol.get("model_sha256")
     if stated != found:
         raise DataError(
-            f"{file}: holds scores of other weights (SHA-256 {str(stated)[:12]}, here {found[:12]}); test this checkpoint"
+            f"{file}: holds scores of other weights (SHA-256 {str(stated)[:12]}, here {found[:12]}); test this "
+            "checkpoint"
         )
     if not scores.labelled:
         raise DataError(f"{file}: has no labels, and so no accuracy")
@@ -301,7 +301,8 @@ class Hub:
             )
         except Exception as error:  # its own exceptions, and those of HTTP
             raise UserError(
-                f"--push {self.name}: {hub_reason(error)}; {folder} is complete: hf upload {self.name} {folder} tries again"
+                f"--push {self.name}: {hub_reason(error)}; {folder} is complete: hf upload {self.name} {folder} tries "
+                "again"
             ) from error
         return f"{self.api.endpoint}/{self.name}"
 
