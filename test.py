@@ -25,6 +25,7 @@ from dotmap import DotMap
 from datasets.annotations import UNLABELLED
 from datasets.decoders import describe_decoder
 from datasets.loaders import build_eval_loader, check_shared_memory, naming_lost_workers
+from engine.certificate import certificate_rows, describe_software, make_certificate
 from engine.class_names import class_order
 from engine.configuration import TRAINED_WITH, changed_since_training, config_of_checkpoint, read_config
 from engine.loops import evaluate
@@ -34,7 +35,8 @@ from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, save_scores
 from engine.summary import describe_environment, describe_model
 from engine.view_details import VideoDetails, view_sets
-from modules.checkpoint import describe_checkpoint, read_checkpoint
+from modules.checkpoint import describe_checkpoint, read_checkpoint, tower_hash_of
+from modules.checkpoint_places import find_checkpoint
 from modules.hashing import hash_tensors
 from modules.tower_files import load_whole_model
 from utils.atomic import probe
@@ -42,6 +44,7 @@ from utils.distributed import close_distributed, get_rank, get_world_size, init_
 from utils.errors import ConfigError, DataError, run_program
 from utils.logger import setup_logging
 from utils.precision import Precision, prepare_precision
+from utils.published_weights import hash_file
 
 log = logging.getLogger("test")
 
@@ -52,7 +55,10 @@ def main(argv: list[str]) -> None:
         "--config", metavar="FILE", help="YAML file, see docs/configuration.md (default: what the checkpoint holds)"
     )
     parser.add_argument(
-        "--weights", required=True, metavar="CHECKPOINT", help="model_best.pt of a run, or a released checkpoint"
+        "--weights",
+        required=True,
+        metavar="CHECKPOINT",
+        help="model_best.pt of a run, a folder, a released one, ORG/NAME",
     )
     parser.add_argument("--test_crops", type=int, choices=(1, 3, 5, 10), default=1, help="crops of a clip")
     parser.add_argument("--test_clips", type=int, default=1, metavar="N", help="clips of a video")
@@ -78,6 +84,7 @@ def main(argv: list[str]) -> None:
         probe(file)
     if args.report is not None:
         probe_report(args.report)
+    args.weights = str(find_checkpoint(args.weights))
     checkpoint = read_checkpoint(args.weights)
     if config is None:
         config = config_of_checkpoint(checkpoint, args.weights, overrides)
@@ -154,6 +161,9 @@ def test(
     if dataset.labels[0] == UNLABELLED and not scores_only:
         raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
 
+    # Large files take a while to hash, so it is done where the hashes are used.
+    certified = get_rank() == 0 and (partial_file is not None or report_to is not None)
+    file_sha256 = hash_file(Path(weights)) if certified else ""
     trained_names = checkpoint.get("class_names")
     order = class_order(dataset.class_names, trained_names, weights, config.test.remap_labels)
     model = load_whole_model(config, checkpoint, weights)
@@ -163,6 +173,7 @@ def test(
         "model_sha256": hash_tensors(model.trained.state_dict()),
         "list_sha256": hashlib.sha256(Path(config.data.val_list).read_bytes()).hexdigest(),
     }
+    tower_sha256 = tower_hash_of(model, checkpoint, weights) if certified else ""
     model.place(device, config.network.shard_backbone, config.solver.compile)
     for line in describe_model(config, model):
         log.info(line)
@@ -170,7 +181,8 @@ def test(
     data = config.data
     sets = view_sets(crops, clips, first_clip=data.protocol == "kinetics" and not data.dense)
     details = VideoDetails(len(dataset), data.num_classes, data.num_segments, sets)
-    partial = None if partial_file is None else PartialScores(partial_file, protocol, details.NAMES)
+    software = describe_software(device)
+    partial = None if partial_file is None else PartialScores(partial_file, protocol, details.NAMES, software)
     if partial and partial.done:
         log.info("scores: %d of %d videos are done, in %s.partial-*", len(partial.done), len(dataset), partial_file)
         loader = build_eval_loader(config, **views, done=partial.done)
@@ -184,15 +196,23 @@ def test(
         if partial:
             partial.write()
         raise
+    damaged = np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged])
+    names = dataset.class_names or trained_names
+    environments = [*(partial.environments if partial else ())]
+    if software not in environments and not (partial and len(partial.done) == len(dataset)):
+        environments.append(software)
     result = Scores(
         paths=[record.name for record in dataset.records],
         labels=dataset.labels,
         scores=scores if order is None else scores[:, order],
-        damaged=np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged]),
-        class_names=dataset.class_names or trained_names,
+        damaged=damaged,
+        class_names=names,
         protocol=protocol,
         num_frames=details.num_frames,
         thumbnails=details.thumbnails,
+        certificate=make_certificate(file_sha256, tower_sha256, names, environments, scores, damaged)
+        if certified
+        else None,
     )
     seconds = time.perf_counter() - started
     report(result, seconds)
@@ -200,6 +220,7 @@ def test(
         if order is not None:
             details.set_scores = details.set_scores[:, :, order]
         facts = describe_environment(device) | {"seconds a video": f"{seconds / len(scores):.3f}"}
+        facts |= certificate_rows(result.certificate or {})
         log.info("report: %s", write_report(report_to, result, details, dataset, facts))
     return result
 

@@ -13,9 +13,11 @@ A row holds plain numbers; files store it as it is:
     clips_per_second    of all processes
     waiting             share of the time that process 0 waited for data, 0 to 1
     memory_mb           peak of the run so far, in 10^6 bytes: of the GPU, or of the process without one
+    run                 in the first row of each start only: versions, machine, lists (engine/run_facts.py)
   validation:
     top1, top5, mean_class  percent; top5 is None with five classes or fewer
     loss                mean cross entropy of the scores; videos that could not be read do not count
+    videos              their number
 """
 
 import logging
@@ -33,6 +35,7 @@ from datasets.video_dataset import VideoDataset
 from engine.metrics import validation_metrics
 from engine.peak_memory import peak_device_bytes, peak_process_bytes
 from engine.pictures import batch_picture
+from engine.run_facts import RUN, start_of_run
 from engine.sinks import LogSink, Row, Sink
 from engine.throughput import Throughput
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
@@ -118,6 +121,7 @@ class Reporter:
         self._monitor = LossMonitor(device)
         self._grad_norm = torch.full((), math.nan, device=device)
         self._sinks: list[Sink] = [LogSink()]
+        self._begun: float | None = time.time()  # None after the first row, which tells of the start
         self._wants_batch = False
         self._ended: float | None = None  # when the steps of an epoch ended
         self._between: list[float] = []  # seconds from there to the next epoch
@@ -197,6 +201,9 @@ class Reporter:
             "waiting": round(min(1.0, waited / seconds), 4),
             "memory_mb": round((peak_device_bytes(self._device) or peak_process_bytes()) / 1e6, 1),
         }
+        if self._begun is not None and get_rank() == 0:
+            row[RUN] = start_of_run(self._config, self._device, self._dataset, self._begun)
+            self._begun = None
         epoch_left, run_left = self._time_left(now, done)
         text = (
             f"epoch {self._epoch} [{done}/{self._num_iterations}] loss {self.mean_loss:.4f}, lr {learning_rate:.2e}, "
@@ -210,6 +217,7 @@ class Reporter:
         """Pass on what the scores (videos, K) of an evaluation behind `step` iterations of an epoch come to."""
         values = validation_metrics(scores, labels)
         row = {**self._position("validation_ema" if averaged else "validation", epoch, step, 1.0), **values}
+        row["videos"] = len(scores)
         top5 = "" if values["top5"] is None else f", top-5 {values['top5']:.2f}"
         text = (
             f"validation{' of the average' if averaged else ''}: top-1 {values['top1']:.2f}{top5}, mean class "

@@ -38,11 +38,12 @@ from dotmap import DotMap
 from engine.metrics_file import METRICS, keep_rows
 from engine.training_state import Progress, changed_values, percent
 from modules.checkpoint import read_checkpoint, save_checkpoint
+from modules.checkpoint_places import BEST, find_checkpoint
 from utils.atomic import write_atomically
 from utils.distributed import from_first, get_rank
 from utils.errors import CheckpointError, ConfigError
 
-LAST, BEST, BEST_EMA = "last_model.pt", "model_best.pt", "model_best_ema.pt"
+LAST, BEST_EMA = "last_model.pt", "model_best_ema.pt"
 CONFIG, LOG = "config.yaml", "train.log"
 TABLE = "runs.csv"
 AUTO = "auto"
@@ -278,7 +279,7 @@ def find_start(config: DotMap, folder: Path) -> tuple[Path | None, dict[str, Any
         if found:
             return found
     else:
-        source = config.resume or config.pretrain
+        source = config.resume or (config.pretrain and find_checkpoint(config.pretrain))
     return (None, None) if source is None else (Path(source), read_checkpoint(source))
 
 

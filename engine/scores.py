@@ -1,6 +1,8 @@
 """The scores of a test, and the file that holds them."""
 
 import glob
+import hashlib
+import io
 import json
 import os
 import time
@@ -18,6 +20,7 @@ from utils.distributed import get_rank
 from utils.errors import DataError
 
 SECONDS_BETWEEN_WRITES = 60.0
+SEAL = b"side4video-sha256:"  # of the zip file's comment, which 64 hexadecimal digits complete
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Scores:
     num_frames: int64 (videos,), of each whole video, 0 for one that could not be read; None if unknown
     thumbnails: float32 (videos, T, 4, 4), grey levels of each frame of a view; they show whether two tests saw the same
         frames and pixels; None if unknown
+    certificate: what another person checks the scores against, of engine/certificate.py; None if unknown
     """
 
     paths: list[str]
@@ -43,6 +47,7 @@ class Scores:
     protocol: dict[str, Any]
     num_frames: np.ndarray | None = None
     thumbnails: np.ndarray | None = None
+    certificate: dict[str, Any] | None = None
 
     @property
     def labelled(self) -> bool:
@@ -53,20 +58,28 @@ class PartialScores:
     """Scores of a test that is not finished, in files beside the one that it will write.
 
     Each process writes its own, FILE.partial-<rank>-<pid>.npz: `indices` int64 (videos,), `scores` float32 (videos, K),
-    `damaged` (JSON: index -> what is damaged), the protocol, and details, an array (videos, ...) each. A test with the
-    same protocol goes on from all of them.
+    `damaged` (JSON: index -> what is damaged), the protocol, the environment (JSON: versions and device), and details,
+    an array (videos, ...) each. A test with the same protocol goes on from all of them.
 
     Attributes:
         done: {index: {name: row}} of the videos that have scores and all details.
         damaged: {index: what is damaged} of the damaged ones among them.
+        environments: those in which they were scored, each once; an older version's file has an empty one.
     """
 
-    def __init__(self, path: Path, protocol: dict[str, Any], details: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: Path,
+        protocol: dict[str, Any],
+        details: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ):
         """
         Args:
             path: the file of the finished scores.
             protocol: of the test, with the hashes of the model and of the list.
             details: names of the details. Videos in files without them are scored again.
+            environment: of this process, of `engine.certificate.describe_software`.
 
         Raises:
             DataError: there are partial scores of another test, or they cannot be read.
@@ -78,6 +91,8 @@ class PartialScores:
         self.done: dict[int, dict[str, np.ndarray]] = {}
         self.damaged: dict[int, str] = {}
         self._own_damaged: dict[int, str] = {}
+        self._environment = environment or {}
+        self.environments: list[dict[str, str]] = []
         for file in _partial_files(path):
             self._read(file)
 
@@ -108,6 +123,7 @@ class PartialScores:
                 **arrays,
                 "damaged": json.dumps(self._own_damaged),
                 "protocol": self._protocol,
+                "environment": json.dumps(self._environment),
             }
             with writing(name):
                 write_atomically(name, lambda file: np.savez(file, **content))
@@ -126,6 +142,7 @@ class PartialScores:
                 complete = all(name in content for name in self._names)
                 arrays = {name: content[name] for name in self._names} if complete else {}
                 damaged = {int(index): what for index, what in json.loads(str(content["damaged"])).items()}
+                environment = json.loads(str(content["environment"])) if "environment" in content else {}
         except Exception as error:  # NumPy and zipfile raise many kinds
             raise DataError(f"{file}: cannot be read ({error}); remove it, and its videos are scored again") from error
         if str(protocol) != self._protocol:
@@ -138,6 +155,8 @@ class PartialScores:
         if complete:
             self.done |= _rows(indices.tolist(), arrays)
             self.damaged |= damaged
+            if environment not in self.environments:
+                self.environments.append(environment)
 
 
 def _rows(indices: list[int], arrays: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
@@ -151,7 +170,10 @@ def _partial_files(path: Path) -> list[Path]:
 
 def save_scores(path: Path, result: Scores) -> None:
     """Write an npz atomically: `paths`, `labels`, `scores`, `damaged`, `protocol` (JSON), and what is known of
-    `class_names`, `num_frames` and `thumbnails`.
+    `class_names`, `num_frames`, `thumbnails` and `certificate` (JSON).
+
+    The file is sealed: it ends with the SHA-256 of all bytes before, so that `seal_of` finds any change. It does not
+    protect from somebody who seals it again.
 
     Raises:
         DataError: the file cannot be written.
@@ -168,8 +190,22 @@ def save_scores(path: Path, result: Scores) -> None:
     for name in ("num_frames", "thumbnails"):
         if (values := getattr(result, name)) is not None:
             arrays[name] = values
+    if result.certificate is not None:
+        arrays["certificate"] = np.array(json.dumps(result.certificate))
+    archive = io.BytesIO()
+    np.savez(archive, **arrays)
+    # The last field of a zip file is the length of its comment, two bytes, and then comes the comment.
+    body = archive.getvalue()[:-2] + (len(SEAL) + 64).to_bytes(2, "little") + SEAL
     with writing(path):
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        write_atomically(path, lambda file: file.write(body + hashlib.sha256(body).hexdigest().encode()))
+
+
+def seal_of(path: str | Path) -> bool | None:
+    """Whether a score file is as it was written, bit for bit; None for a file without a seal."""
+    content = Path(path).read_bytes()
+    if not content[:-64].endswith(SEAL):
+        return None
+    return hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:]
 
 
 def load_scores(path: str | Path) -> Scores:
@@ -186,6 +222,7 @@ def load_scores(path: str | Path) -> Scores:
         with np.load(path) as content:
             arrays = {name: content[name] for name in content.files}
         protocol = json.loads(str(arrays.get("protocol", "{}")))
+        certificate = json.loads(str(arrays["certificate"])) if "certificate" in arrays else None
     except Exception as error:  # NumPy, zipfile and json raise many kinds
         raise DataError(
             f"{path}: cannot be read as scores ({error}); test.py --save_scores writes such files"
@@ -210,4 +247,5 @@ def load_scores(path: str | Path) -> Scores:
         protocol,
         arrays.get("num_frames"),
         arrays.get("thumbnails"),
+        certificate,
     )

@@ -21,7 +21,7 @@ from utils.terminal import LIVING, living_line
 
 FOLDER = "tensorboard"
 PICTURE = "first_batch.png"
-NUMBERS_LEFT_OUT = ("kind", "epoch", "step", "time", "epochs_done")
+NUMBERS_LEFT_OUT = ("kind", "epoch", "step", "time", "epochs_done", "run", "videos")
 NO_WANDB = (
     "logging.wandb: the package wandb is not installed; pip install -r requirements-extras.txt, or leave the key out"
 )

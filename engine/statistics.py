@@ -33,6 +33,37 @@ def wilson_interval(right: float, n: int) -> Interval:
     return Interval(0.0 if right == 0 else low, 1.0 if right == n else high)
 
 
+def finite_interval(right: int, n: int, total: int) -> Interval:
+    """The exact 95 % interval for the share of right videos among `total`, of which n drawn at random had `right`.
+
+    It inverts the two one-sided tests of the hypergeometric distribution, each at 2.5 %. With n = total it is a point.
+    """
+    known, most = right, total - (n - right)  # right ones among all: at least and at most
+
+    def log_choose(a: int, b: int) -> float:
+        return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
+
+    def tail(all_right: int, low: int, high: int) -> float:
+        """Probability that the number of right ones in the draw is from `low` to `high`."""
+        low, high = max(low, n - (total - all_right)), min(high, all_right, n)
+        whole = log_choose(total, n)
+        return math.fsum(
+            math.exp(log_choose(all_right, k) + log_choose(total - all_right, n - k) - whole)
+            for k in range(low, high + 1)
+        )
+
+    def first(holds: Callable[[int], bool], low: int, high: int) -> int:
+        """The smallest number of low..high for which `holds` is true; it stays true above it."""
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        return low
+
+    least = first(lambda m: tail(m, right, n) > 0.025, known, most)
+    largest = first(lambda m: m == most or tail(m + 1, 0, right) <= 0.025, known, most)
+    return Interval(least / total, largest / total)
+
+
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:

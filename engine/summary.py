@@ -1,6 +1,7 @@
 """What a run consists of, in lines for the start of its log."""
 
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -145,6 +146,16 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "processes": str(get_world_size()),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu" and (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return f"CPU ({names[0].strip()})" if names else "CPU"
+    return device.type.upper()
 
 
 def git_commit() -> str:

@@ -25,9 +25,10 @@ from datasets.decoders import open_container
 from datasets.sampling import sample_test
 from engine.loops import view_scores
 from inference.inputs import given_videos
-from inference.recognizer import Recognizer, checkpoint_file, top_classes
+from inference.recognizer import Recognizer, top_classes
 from inference.stream import FRAME_RATE, Timeline, Window, describe_segments
 from inference.timeline_plot import seconds_text, timeline_png
+from modules.checkpoint_places import find_checkpoint
 from utils.errors import DataError, UserError
 
 # FFmpeg's names of the containers of datasets/video_files.py. Others, such as play lists, may lead to other files.
@@ -230,7 +231,7 @@ def remove_older(folder: str, earliest: float) -> None:
 def introduction_html(recognizer: Recognizer, checkpoint: str, limits: Limits) -> str:
     """What the page is, for people who see it for the first time."""
     data, names = recognizer.config.data, recognizer.class_names
-    file = checkpoint_file(Path(checkpoint)).absolute()
+    file = find_checkpoint(checkpoint).absolute()
     name = os.path.join(file.parent.name, file.name)
     size = f"{data.input_size} × {data.input_size}"
     return section(

@@ -20,17 +20,17 @@ from engine.loops import view_outputs, view_scores
 from inference.inputs import PathReader, given_videos
 from inference.stream import Source, WindowStream
 from modules.checkpoint import read_checkpoint
+from modules.checkpoint_places import find_checkpoint
 from modules.side4video import Side4Video
 from modules.tower_files import load_whole_model
 from utils.config import load_config
 from utils.distributed import device_type
-from utils.errors import CheckpointError, ConfigError, DataError
+from utils.errors import ConfigError, DataError
 from utils.precision import Precision, prepare_precision
 
 log = logging.getLogger(__name__)
 
 CROPS = (1, 3, 5, 10)
-BEST = "model_best.pt"
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ class Recognizer:
     ) -> "Recognizer":
         """
         Args:
-            checkpoint: file of a run (.pt), of tools/convert_checkpoint.py (.safetensors), or a released one; or the
-                folder of a run, whose model_best.pt is taken, or a folder with one such file.
+            checkpoint: file of a run (.pt), of tools/convert_checkpoint.py (.safetensors), or a released one; the
+                folder of a run, whose model_best.pt is taken; a folder with one such file, as tools/publish.py writes
+                it; or `org/name` of the Hugging Face Hub (modules.checkpoint_places.find_checkpoint).
             config: YAML file, for a released checkpoint, which holds none. Ours hold theirs.
             weights: file of the tower. None looks in clip_pretrain/ for the one with the checkpoint's hash.
             device: `auto` is the GPU if there is one, else the CPU.
@@ -109,7 +110,7 @@ class Recognizer:
             CheckpointError: a file cannot be read or does not fit, or the tower is nowhere.
             ConfigError: a configuration is missing, in the way, or not valid, or the device does not exist.
         """
-        path = checkpoint_file(Path(checkpoint))
+        path = find_checkpoint(checkpoint)
         content = read_checkpoint(path)
         chosen = choose_device(device)
         settings = read_settings(content, path, config, overrides, chosen, precision, workers)
@@ -258,23 +259,6 @@ def check_views(crops: int, clips: int) -> None:
         raise ConfigError(f"crops: must be one of {', '.join(map(str, CROPS))}, got {crops}")
     if clips < 1:
         raise ConfigError(f"clips: must be at least 1, got {clips}")
-
-
-def checkpoint_file(path: Path) -> Path:
-    """The checkpoint of a folder: its model_best.pt, or its only .pt or .safetensors file. A file is itself.
-
-    Raises:
-        CheckpointError: the folder has none, or several.
-    """
-    if not path.is_dir():
-        return path
-    if (path / BEST).is_file():
-        return path / BEST
-    found = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".safetensors"))
-    if len(found) != 1:
-        names = f"several checkpoints ({', '.join(file.name for file in found)})" if found else "no checkpoint"
-        raise CheckpointError(f"{path}: holds {names} and no {BEST}; name one file")
-    return found[0]
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -21,6 +21,7 @@ A checkpoint of this project is a dict of tensors, numbers and strings, written 
     config            the resolved configuration
     class_names       list of class names in label order, or None
     decoder           the decoder of video files with its version, or None for frame folders
+    source_sha256     in files of tools/publish.py only: SHA-256 of the file that was published
 
 Random states are not stored, because no iteration depends on those of another: all random choices about data derive
 from (seed, epoch, index, repeat), and the global generators are seeded from (seed, epoch, iteration, process) before
@@ -249,6 +250,18 @@ def is_released(checkpoint: dict[str, Any]) -> bool:
 def holds_tower(checkpoint: dict[str, Any]) -> bool:
     """True if the checkpoint contains the frozen tower, so that the tower needs no weight file."""
     return is_released(checkpoint) or checkpoint["tower"] is not None
+
+
+def tower_hash_of(model: Side4Video, checkpoint: dict[str, Any], source: str | Path) -> str:
+    """SHA-256 of the tensors of the frozen tower that a checkpoint was trained beside, as `tower_sha256` above.
+
+    Args:
+        model: built for the checkpoint; it gives the names of a released one.
+    """
+    if not is_released(checkpoint):
+        return checkpoint["tower_sha256"]
+    tower, _ = from_released(model, checkpoint["model_state_dict"], str(source))
+    return tower_hashes(tower)["tower_sha256"]
 
 
 def describe_checkpoint(checkpoint: dict[str, Any], source: str | Path) -> str:

@@ -125,6 +125,7 @@ ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "tower_file": ("the name of a file or None", _text_or_none),
     "tower_sha256": ("64 hexadecimal digits", _sha256),
     "tower_sha256_but_positions": ("64 hexadecimal digits", _sha256),
+    "source_sha256": ("64 hexadecimal digits", _sha256),
     "trained_sha256": ("64 hexadecimal digits", _sha256),
     "optimizer_sha256": ("64 hexadecimal digits", _sha256),
     "optimizer": ("the state dict of an optimizer", _optimizer),

@@ -20,6 +20,10 @@ HASHES = ("tower_sha256", "tower_sha256_but_positions")
 log = logging.getLogger(__name__)
 
 
+class MissingTowerError(CheckpointError):
+    """No file on this machine has the tower of a checkpoint."""
+
+
 def load_whole_model(
     config: DotMap, checkpoint: dict[str, Any], source: str | Path, weights: str | Path | None = None
 ) -> Side4Video:
@@ -52,7 +56,7 @@ def find_tower(tower: FrozenTower, config: DotMap, checkpoint: dict[str, Any], s
     """Fill the tower from the first candidate that has the checkpoint's hash.
 
     Raises:
-        CheckpointError: none has it; the message lists what was tried.
+        MissingTowerError: none has it; the message lists what was tried.
     """
     arch = config.network.arch
     wanted = {key: checkpoint[key] for key in HASHES}
@@ -69,7 +73,7 @@ def find_tower(tower: FrozenTower, config: DotMap, checkpoint: dict[str, Any], s
         if tower.hashes and same_tower(tower.hashes, wanted):
             return
         tried.append(f"{candidate} (another tower)")
-    raise CheckpointError(
+    raise MissingTowerError(
         f"{source}: needs the tower that it was trained beside, {checkpoint['tower_file']} (SHA-256 of its tensors "
         f"{checkpoint[HASHES[0]][:12]}); found {', '.join(tried) or 'no file that can be it'}; put the file into "
         f"{PRETRAINED_DIR}/ (python tools/download_weights.py --list), or name it with network.weights"

@@ -96,6 +96,7 @@ WRONG_KIND = {
     "str": "[1, 2]",
     "file": "[1, 2]",
     "folder": "[1, 2]",
+    "model": "[1, 2]",
     "list of int": "three",
     "list of float": "three",
     "int or list of int": "wide",

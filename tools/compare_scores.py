@@ -375,7 +375,7 @@ def fuse_scores(files: list[str], scores: list[Scores], weights: list[float]) ->
         {"file": file, "weight": weight, "protocol": other.protocol}
         for file, other, weight in zip(files, scores, weights, strict=True)
     ]
-    return replace(first, scores=total, protocol={**same, "fused": parts}, thumbnails=None)
+    return replace(first, scores=total, protocol={**same, "fused": parts}, thumbnails=None, certificate=None)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from modules.checkpoint import (
     save_released,
     save_safetensors,
 )
+from modules.checkpoint_places import find_checkpoint
 from modules.hashing import hash_tensors
 from modules.pretrained import is_safetensors
 from modules.released import released_names
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.config, args.overrides, purpose="model")
+    args.source = find_checkpoint(args.source)
     rows = convert(config, args.source, args.target, args.format)
 
     widths = [max(len(text) for text in column) for column in zip(*map(describe, rows), strict=True)]

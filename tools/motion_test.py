@@ -30,6 +30,7 @@ from engine.motion import IN_ORDER, REVERSED, SHUFFLED, STILL, above_chance, rev
 from engine.report import printable, ranks
 from engine.statistics import wilson_interval
 from modules.checkpoint import read_checkpoint
+from modules.checkpoint_places import find_checkpoint
 from modules.tower_files import load_whole_model
 from utils.atomic import probe, write_text
 from utils.distributed import init_distributed
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("data.num_segments: clips of one frame have no motion to test; it must be at least 2")
     if args.csv:
         probe(args.csv)
+    args.checkpoint = find_checkpoint(args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     changes = changed_since_training(checkpoint, args.checkpoint, config)
     if changes and not args.accept_changes:

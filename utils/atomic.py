@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,38 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], temporary
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Call `fill(folder)` on an empty folder beside `path`, then rename it to `path`. Missing parents are created.
+
+    Raises:
+        DataError: `path` is a file or a folder that is not empty, or cannot be written; nothing is left behind.
+    """
+    check_folder(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            fill(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as content:
+                        os.fsync(content.fileno())
+            os.chmod(temporary, 0o755)
+            os.rename(temporary, path)  # it replaces an empty folder, and fails on any other
+            _sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_folder(path: Path) -> None:
+    """Raise DataError unless `path` is free or an empty folder."""
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path}: is a file; give the name of a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise DataError(f"{path}: holds files already and is not overwritten; name another folder")
 
 
 def _sync_folder(folder: Path) -> None:

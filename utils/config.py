@@ -17,6 +17,7 @@ from dotmap import DotMap
 
 from utils.config_schema import ANY, FIELDS, LEGACY, OWN_KEYS, REQUIRED, SECTIONS, SHARED_BECAUSE
 from utils.errors import ConfigError, quoted, run_program
+from utils.hub_names import split_hub_name
 
 NO_FILES = (("network.weights", "hub"), ("resume", "auto"))  # values of file keys that name no file
 MOST_VALUES = 10_000  # of one file
@@ -311,11 +312,11 @@ def _check_paths(
             needed = ["data.train_list", "data.train_root", *needed]
     for key in [*needed, *optional]:
         value, field = values[key], FIELDS[key]
-        exists = os.path.isdir if field.kind == "folder" else os.path.isfile
         if value is None and key in needed:
             missing.append((key, f"missing, and this run needs it: {field.doc}"))
-        if value is not None and (key, value) not in NO_FILES and not exists(value):
-            missing.append((key, f"no such {field.kind}: {os.path.abspath(value)}"))
+        if value is not None and (key, value) not in NO_FILES and not _is_there(field.kind, value):
+            kind = "file or folder" if field.kind == "model" else field.kind
+            missing.append((key, f"no such {kind}: {os.path.abspath(value)}"))
     others = more(values) if more else []
     if len(missing) + len(others) == 1:
         for key, problem in missing:
@@ -324,6 +325,13 @@ def _check_paths(
     if missing or others:
         listed = [*(f"{place(key)}: {key}: {problem}" for key, problem in missing), *others]
         raise ConfigError(f"{len(listed)} things are missing: {'; '.join(text.rstrip('.') for text in listed)}")
+
+
+def _is_there(kind: str, value: str) -> bool:
+    """Whether a file or folder exists. Of a model of the hub, which only its download can show, True."""
+    if kind == "model":
+        return os.path.exists(value) or split_hub_name(value) is not None
+    return os.path.isdir(value) if kind == "folder" else os.path.isfile(value)
 
 
 def main(argv: list[str]) -> None:

@@ -32,6 +32,7 @@ KINDS = {
     "str": "text",
     "file": "a file",
     "folder": "a folder",
+    "model": "a file, a folder, or `org/name` of the Hugging Face Hub",
     "list of int": "a list of whole numbers",
     "list of float": "a list of numbers",
     "int or list of int": "a whole number or a list of them",
@@ -147,7 +148,7 @@ def _convert(kind: str, value: object) -> object:
     match kind:
         case "bool" if isinstance(value, bool):
             return value
-        case "str" | "file" | "folder" if isinstance(value, str):
+        case "str" | "file" | "folder" | "model" if isinstance(value, str):
             return value
         case "int" | "float":
             number = _free_value(value)
@@ -204,9 +205,10 @@ FIELDS = {
         "checkpoint in `--output`; without one, the training starts from the beginning.",
     ),
     "pretrain": Field(
-        "file",
+        "model",
         None,
-        "Checkpoint to start a new training from, ours or a released one. For other classes the head is initialised "
+        "Checkpoint to start a new training from: a file, ours or a released one; the folder of a run, or one that "
+        "`tools/publish.py` wrote; or a model of the Hugging Face Hub. For other classes the head is initialised "
         "again.",
     ),
     "seed": Field(
