@@ -25,7 +25,7 @@ from dotmap import DotMap
 from datasets.annotations import UNLABELLED
 from datasets.decoders import describe_decoder
 from datasets.loaders import build_eval_loader, check_shared_memory, naming_lost_workers
-from engine.certificate import certificate_rows, describe_software, make_certificate
+from engine.certificate import certificate_rows, make_certificate
 from engine.class_names import class_order
 from engine.configuration import TRAINED_WITH, changed_since_training, config_of_checkpoint, read_config
 from engine.loops import evaluate
@@ -33,7 +33,8 @@ from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, save_scores
-from engine.summary import describe_environment, describe_model
+from engine.software import describe_environment, describe_software
+from engine.summary import describe_model
 from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint, tower_hash_of
 from modules.checkpoint_places import find_checkpoint

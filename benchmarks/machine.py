@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from engine.summary import git_commit
+from engine.software import git_commit
 
 
 def describe_machine() -> str:

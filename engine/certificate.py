@@ -13,36 +13,18 @@ The protocol holds `list_sha256`, `model_sha256` (of the trained tensors), the d
 """
 
 import hashlib
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import timm
-import torch
 
 from engine.statistics import Interval, finite_interval, wilson_interval
-from engine.summary import device_name, git_commit
-from utils.version import VERSION
 
 FORMAT = "side4video-certificate/1"
 
 # Videos of the validation lists as they were published. Kinetics: the csv file of the release that CVDF hosts.
 OFFICIAL_VIDEOS = {"kinetics400": 19_906, "something-something-v1": 11_522, "something-something-v2": 24_777}
-
-
-def describe_software(device: torch.device) -> dict[str, str]:
-    """What this process computes with: versions, commit and device."""
-    return {
-        "Side4Video": VERSION,
-        "commit": git_commit(),
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "NumPy": np.__version__,
-        "device": device_name(device),
-    }
 
 
 def make_certificate(

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from dotmap import DotMap
 
-from engine.certificate import describe_software
 from engine.sinks import Row
+from engine.software import describe_software
 from utils.distributed import get_world_size
 
 RUN = "run"  # entry of a row

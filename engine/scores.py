@@ -79,7 +79,7 @@ class PartialScores:
             path: the file of the finished scores.
             protocol: of the test, with the hashes of the model and of the list.
             details: names of the details. Videos in files without them are scored again.
-            environment: of this process, of `engine.certificate.describe_software`.
+            environment: of this process, of `engine.software.describe_software`.
 
         Raises:
             DataError: there are partial scores of another test, or they cannot be read.

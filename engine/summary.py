@@ -1,14 +1,9 @@
 """What a run consists of, in lines for the start of its log."""
 
 import platform
-import re
-import subprocess
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from dotmap import DotMap
@@ -20,6 +15,7 @@ from datasets.video_dataset import TrainVideoDataset
 from engine.class_weights import describe_balance
 from engine.optim import scaled_lr
 from engine.run import Run
+from engine.software import git_commit
 from modules.backbones import FrozenTower
 from modules.side4video import Side4Video
 from modules.side_network import HEAD_WIDTH, SideNetwork
@@ -134,38 +130,6 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     if decoder := describe_decoder(config.data):
         lines.append(f"video files: decoded by {decoder}")
     return lines
-
-
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions, commit and device of this run, and the time, for a report."""
-    return {
-        "Side4Video": f"{VERSION}, commit {git_commit()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"NumPy {np.__version__}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "processes": str(get_world_size()),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Name of a GPU, or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu" and (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        return f"CPU ({names[0].strip()})" if names else "CPU"
-    return device.type.upper()
-
-
-def git_commit() -> str:
-    """Short hash of the checked-out commit, with `+` if tracked files were changed; `unknown` without git."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _join(values: Sequence[float]) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from datasets.annotations import VideoRecord
 from datasets.loaders import build_eval_loader, build_record_loader
 from datasets.transforms import normalized, per_channel
-from engine.summary import git_commit
+from engine.software import git_commit
 from inference.inputs import PathReader, given_videos
 from inference.recognizer import Recognizer
 from modules.side4video import Side4Video
