@@ -71,7 +71,7 @@ class FrameGraph(nn.Module):
 
     def __init__(self, model: Side4Video, data: DotMap):
         super().__init__()
-        self.tower, self.side = model.backbone, model.trained.side
+        self.tower, self.side = model.backbone, model.side_network("an export in two graphs")
         self.pixels = Pixels(data)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,14 +85,17 @@ class MixGraph(nn.Module):
 
     def __init__(self, model: Side4Video, data: DotMap):
         super().__init__()
-        self.trained = model.trained
+        self.trained, self.side = model.trained, model.side_network("an export in two graphs")
 
     def forward(self, products: Tensor, tokens: Tensor) -> Tensor:
-        return scores_of(self.trained.classify(self.trained.side.mix_frames(products, tokens.unbind(2))))
+        return scores_of(self.trained.classify(self.side.mix_frames(products, tokens.unbind(2))))
 
 
 class Pixels(nn.Module):
     """uint8 pixels -> normalised ones in float32."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, data: DotMap):
         super().__init__()
