@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from modules.autograd import FrozenLinear, PatchLinear, ThreeTaps
 from modules.recompute import ResidualLinear, recomputed
-from modules.token_norm import TokenBatchNorm, TokenLayerNorm
+from modules.token_norm import TokenBatchNorm, TokenLayerNorm, count_batch
 
 HEAD_WIDTH = 64
 NormPlacement = Literal["pre", "post"]
@@ -227,6 +227,7 @@ class SideNetwork(nn.Module):
         else:
             self.post_bn = nn.Identity()
             nn.init.normal_(self.pos, std=0.02)
+        self._norms = [module for module in self.modules() if isinstance(module, TokenBatchNorm)]
 
     @property
     def width(self) -> int:
@@ -270,6 +271,8 @@ class SideNetwork(nn.Module):
 
     def mix_frames(self, products: Tensor, projected: Iterable[Tensor]) -> Tensor:
         """The parts of consecutive frames, see `frame_parts` -> features (B, S)."""
+        if self.training:
+            count_batch(self._norms)
         x = self.stem_bn(self.stem.sum_of_neighbours(products))
         for block, tokens in zip(self.blocks, projected, strict=True):
             class_tokens, patches = tokens.split([1, tokens.shape[2] - 1], dim=2)

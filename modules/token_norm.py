@@ -3,6 +3,7 @@
 Letters: S side width. Rows are the tokens of all clips, frames and patches.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from utils.distributed import all_reduce, get_world_size
 
 class TokenBatchNorm(nn.BatchNorm1d):
     """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over clips, frames and patches.
+
+    `num_batches_tracked` is left to `count_batch`, because it is one operator for all norms of a network.
 
     Args:
         width: S, the number of channels.
@@ -43,7 +46,6 @@ class TokenBatchNorm(nn.BatchNorm1d):
         elif in_second_run():
             y = F.batch_norm(rows, None, None, self.weight, self.bias, True, 0.0, self.eps)
         else:
-            self.num_batches_tracked += 1
             running = self.running_mean, self.running_var
             y = F.batch_norm(rows, *running, self.weight, self.bias, True, self.momentum, self.eps)
         return y.view_as(x)
@@ -64,11 +66,15 @@ class TokenBatchNorm(nn.BatchNorm1d):
         total, squares, count = sums.split([len(mean), len(mean), 1])
         mean = total / count
         var = squares / count - mean * mean
-        self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         unbiased = var * (count / (count - 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean.to(self.weight.dtype), var.to(self.weight.dtype), count
+
+
+def count_batch(norms: Sequence[TokenBatchNorm]) -> None:
+    """Count a batch in all norms at once."""
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 class TokenLayerNorm(nn.LayerNorm):
