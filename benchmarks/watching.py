@@ -4,8 +4,8 @@
 
 Whole training steps with AdamW, one clip of 8 frames, float32, random weights. The ways take turns in one process; the
 ratios are those of steps of the same round, and medians. The parts alone are timed too, because a step varies more than
-they take. Seconds are those of the processor (time.process_time), with one thread, so that other programs of the machine
-count little. Writes benchmarks/results/watching.txt.
+they take. Seconds are those of the processor (time.process_time), with one thread, so that other programs count little.
+Writes benchmarks/results/watching.txt.
 """
 
 import argparse
