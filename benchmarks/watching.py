@@ -4,7 +4,8 @@
 
 Whole training steps with AdamW, one clip of 8 frames, float32, random weights. The ways take turns in one process; the
 ratios are those of steps of the same round, and medians. The parts alone are timed too, because a step varies more than
-they take. Writes benchmarks/results/watching.txt.
+they take. Seconds are those of the processor (time.process_time), with one thread, so that other programs count little.
+Writes benchmarks/results/watching.txt.
 """
 
 import argparse
@@ -29,9 +30,9 @@ FRAMES, SIZE, CLASSES, SIDE_WIDTH = 8, 224, 174, 320
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     call()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def measure(arch: str, rounds: int) -> list[str]:
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--arch", nargs="+", default=["ViT-B/32", "ViT-B/16"], help="towers")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args(argv)
-    lines = [describe_machine(), f"{torch.get_num_threads()} thread(s), {args.rounds} rounds in turns, medians"]
+    torch.set_num_threads(1)
+    lines = [describe_machine(), f"1 thread, {args.rounds} rounds in turns, processor seconds, medians"]
     for arch in args.arch:
         lines += measure(arch, args.rounds)
     text = "\n".join(lines) + "\n"
