@@ -32,7 +32,7 @@ from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, save_scores
-from engine.summary import describe_environment, describe_model
+from engine.summary import describe_environment, describe_model, describe_products
 from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint
 from modules.hashing import hash_tensors
@@ -164,7 +164,7 @@ def test(
         "list_sha256": hashlib.sha256(Path(config.data.val_list).read_bytes()).hexdigest(),
     }
     model.place(device, config.network.shard_backbone, config.solver.compile)
-    for line in describe_model(config, model):
+    for line in (*describe_model(config, model), describe_products(model, precision)):
         log.info(line)
 
     data = config.data

@@ -62,8 +62,7 @@ def describe_run(
         f"files: {folder}: checkpoints each epoch"
         f"{f' and every {config.logging.save_minutes:g} minutes' if config.logging.save_minutes else ''}, the newest "
         f"{config.logging.keep} and the best stay; numbers in metrics.jsonl; curves: tensorboard --logdir {folder}",
-        f"products: {describe_switches()}; attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
-        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}",
+        describe_products(model, precision),
     ]
 
 
@@ -90,6 +89,16 @@ def _scaling(config: DotMap, world: int) -> str:
     return f"becomes {scaled_lr(config, world):g}, as it is meant for {config.solver.lr_batch} videos an update"
 
 
+def describe_products(model: Side4Video, precision: Precision) -> str:
+    """How products and attention are computed; `model` is on its device."""
+    dtype = str(model.backbone.dtype).removeprefix("torch.")
+    return (
+        f"products: tower in {dtype}, side network in {precision.name}; {describe_switches()}; "
+        f"attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
+        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}"
+    )
+
+
 def _attention(tower: FrozenTower, dtype: torch.dtype, head_width: int | None = None) -> str:
     """The kernel that PyTorch chooses for attention in a frame, with the head width of the tower unless given."""
     attention: Any = tower.vit.blocks[0].attn
@@ -111,7 +120,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     frozen, trained = _count(tower), _count(model.trained)
     lines = [
         f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
-        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen, in {config.network.backbone_dtype}",
+        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen",
         f"side network: variant {side.norm_placement}, {len(side.blocks)} blocks of width {side.pos.shape[1]} read the "
         f"tower after its blocks {', '.join(map(str, tower.layers))} (from 0): {_millions(_count(side))}; "
         f"head: {_millions(_count(head))}",
