@@ -34,7 +34,7 @@ from engine.metrics import class_accuracy, topk_accuracy
 from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, save_scores
 from engine.software import describe_environment, describe_software
-from engine.summary import describe_model
+from engine.summary import describe_model, describe_products
 from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint, tower_hash_of
 from modules.checkpoint_places import find_checkpoint
@@ -176,7 +176,7 @@ def test(
     }
     tower_sha256 = tower_hash_of(model, checkpoint, weights) if certified else ""
     model.place(device, config.network.shard_backbone, config.solver.compile)
-    for line in describe_model(config, model):
+    for line in (*describe_model(config, model), describe_products(model, precision)):
         log.info(line)
 
     data = config.data

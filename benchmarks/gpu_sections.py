@@ -386,6 +386,7 @@ def train_together(rank: int, count: int, port: str, device_type: str, file: str
     row |= {"gradients MB": digits(sent / 1e6), "all-reduce GB/s sent by each": digits(rate / 1e9)}
     if get_rank() == 0:
         Path(file).write_text(json.dumps(row), encoding="utf-8")
+    barrier()  # nobody leaves while another one still sends
     close_distributed()
 
 

@@ -64,8 +64,7 @@ def describe_run(run: Run, train_loader: VideoLoader, val_loader: VideoLoader) -
         f"files: {folder}: checkpoints each epoch"
         f"{f' and every {config.logging.save_minutes:g} minutes' if config.logging.save_minutes else ''}, the newest "
         f"{config.logging.keep} and the best stay; numbers in metrics.jsonl; curves: tensorboard --logdir {folder}",
-        f"products: {describe_switches()}; attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
-        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}",
+        describe_products(model, precision),
     ]
 
 
@@ -90,6 +89,16 @@ def _scaling(config: DotMap, world: int) -> str:
     if config.solver.lr_scale == "none":
         return "is not rescaled"
     return f"becomes {scaled_lr(config, world):g}, as it is meant for {config.solver.lr_batch} videos an update"
+
+
+def describe_products(model: Side4Video, precision: Precision) -> str:
+    """How products and attention are computed; `model` is on its device."""
+    dtype = str(model.backbone.dtype).removeprefix("torch.")
+    return (
+        f"products: tower in {dtype}, side network in {precision.name}; {describe_switches()}; "
+        f"attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
+        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}"
+    )
 
 
 def _attention(tower: FrozenTower, dtype: torch.dtype, head_width: int | None = None) -> str:
@@ -120,8 +129,7 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
         what = f"probe: {config.network.side}, reads the tower after its block {model.layers[-1]} (from 0), {frames}"
     lines = [
         f"tower: {config.network.arch}, {tower.num_blocks} of {tower.depth} blocks of width {tower.width}, "
-        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen, in "
-        f"{config.network.backbone_dtype}",
+        f"{tower.num_patches} patches, {tower.weight_file or 'no weight file'}: {_millions(frozen)} frozen",
         f"{what}: {_millions(_count(side))}; head: {_millions(_count(head))}",
         f"pixels: {config.data.input_size} x {config.data.input_size}, timm states "
         f"{tower.timm_size} x {tower.timm_size}; mean {_join(config.data.mean)}, std {_join(config.data.std)}",

@@ -10,12 +10,16 @@ import torch
 from tiny import TOWER, free_port, tiny_config
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from datasets.transforms import normalize_clips
 from engine import device_copy
-from engine.configuration import default_config
+from engine.configuration import default_config, resolve_config
 from engine.device_copy import DeviceCopy
+from engine.dry_run import as_with_gpu
 from engine.optim import build_optimizer, load_optimizer, scaled_lr
+from engine.plan import rehearsing
 from engine.training_state import changed_values
 from modules import build_model
 from modules.side4video import warn_of_old_card
@@ -221,6 +225,46 @@ def test_a_copy_runs_in_its_own_stream_and_the_computation_waits_for_it(monkeypa
 def test_on_a_cpu_nothing_is_copied():
     tensor = torch.zeros(3)
     assert DeviceCopy(torch.device("cpu"))(tensor) is tensor
+
+
+# ---------------------------------------------------------------- waiting
+
+
+class Waits(TorchDispatchMode):
+    """Names the operators for which the host would wait for a GPU: they ask for values, or copy without a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        between = {tensor.device.type for tensor in tensors} == {"cpu", "cuda"} and "copy" in func.__name__
+        asks = any(word in func.__name__ for word in ("local_scalar", "nonzero", "masked_select", "equal"))
+        if asks or (between and not kwargs.get("non_blocking")):
+            self.names.append(func.__name__)
+        return result
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_step_of_the_loop_never_waits_for_the_gpu(placement):
+    solver = {"precision": "bf16", "mixup": True, "clip_grad": 1.0}
+    with as_with_gpu():
+        changes = dict(network={"side_variant": placement}, data={"rand_erase": True}, solver=solver)
+        config = resolve_config(default_config(**changes), torch.device("cuda"))
+    with rehearsing(config) as rehearsal:
+        rehearsal.train(2, True)  # constants are copied in the first step
+        for recompute in (True, False):
+            with Waits() as waits:
+                rehearsal.train(2, recompute)
+            assert waits.names == []
+        with Waits() as waits:
+            torch.zeros(2, device="cuda").cpu()
+            torch.tensor([1.0]).to("cuda")
+            torch.tensor([1.0]).to("cuda", non_blocking=True)
+        assert len(waits.names) == 2
 
 
 # ---------------------------------------------------------------- optimizer

@@ -185,6 +185,21 @@ def test_a_step_of_the_loop_never_waits_for_the_gpu(device, placement, precision
     assert all(bool(group["fused"]) == (device == "cuda") for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_deterministic_steps_have_the_same_bits(device, placement):
+    place = first(device)
+    config = default_config(network={"side_variant": placement}, solver={"deterministic": True})
+    precision = prepare_precision(config.solver, place)
+    trained = []
+    for _ in range(2):
+        model, optimizer = build(config, place)
+        for _ in range(2):
+            update_once(model, optimizer, training_batches(config), config, precision)
+        trained.append([parameter.detach().cpu() for parameter in model.trained.parameters()])
+    assert all(a.equal(b) for a, b in zip(*trained, strict=True))
+
+
 def train_on_gpus(rank, port, folder, placement):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -441,8 +441,8 @@ FIELDS = {
     "network.backbone_dtype": Field(
         "str",
         "precision",
-        "Type of the frozen tower's weights and computation. `precision`: on a GPU that of `solver.precision`; on a "
-        "CPU bfloat16 where `solver.precision` is bf16 and the CPU has units for it (AVX512-BF16 or AMX), otherwise "
+        "Type of the frozen tower's weights and computation. `precision`: that of `solver.precision` on a GPU; on a "
+        "CPU bfloat16 if `solver.precision` is bf16 and the CPU has units for it (AVX512-BF16 or AMX), otherwise "
         "float32. `auto`: the same in training and tests; predictions with `amp` take bfloat16 on such a CPU too.",
         _one_of("precision", "auto", "float32", "bfloat16", "float16"),
     ),
