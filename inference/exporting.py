@@ -94,6 +94,9 @@ class MixGraph(nn.Module):
 class Pixels(nn.Module):
     """uint8 pixels -> normalised ones in float32."""
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, data: DotMap):
         super().__init__()
         for name in ("mean", "std"):
