@@ -1,4 +1,4 @@
-"""Published folders: what is in them, that they load with the same scores, from a folder, a cache and a hub; pushing."""
+"""Published folders: what is in them, that they give the same scores from a folder, a cache and a hub; pushing."""
 
 import hashlib
 import json
