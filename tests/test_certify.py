@@ -233,7 +233,7 @@ def test_an_older_score_file_is_read_and_one_line_says_what_cannot_be_checked(co
 def test_old_and_new_files_are_compared_and_a_mixture_has_no_certificate(tested, copied, capsys):
     with np.load(copied / "s.npz") as content:
         np.savez(copied / "old.npz", **{key: content[key] for key in content.files if key != "certificate"})
-    compare_scores.main([str(copied / "old.npz"), str(tested / "s.npz"), "--fused", str(copied / "fused.npz")])
+    compare_scores.main([str(tested / "s.npz"), str(copied / "old.npz"), "--fused", str(copied / "fused.npz")])
     assert "verdict: equal up to rounding" in capsys.readouterr().out
     assert load_scores(copied / "fused.npz").certificate is None and seal_of(copied / "fused.npz")
 
