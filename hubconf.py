@@ -22,7 +22,7 @@ def side4video(checkpoint, **options):
     """A recognizer: its methods `predict`, `scores` and `features` and the rest of inference/recognizer.py.
 
     Args:
-        checkpoint: file or folder of a trained model.
+        checkpoint: file or folder of a trained model, or `org/name` of the Hugging Face Hub.
         options: those of `Recognizer.load`: config, weights, device, precision, workers, overrides.
     """
     rooms = Rooms()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -25,6 +26,7 @@ import test as test_program
 import train as train_program
 from tools import (
     browse_data,
+    certify,
     check_data,
     compare_scores,
     convert_checkpoint,
@@ -35,6 +37,7 @@ from tools import (
     motion_test,
     plan,
     prepare_data,
+    publish,
     visualize,
 )
 from utils import config as config_program
@@ -356,6 +359,13 @@ def file_cases() -> Iterator[Case]:
     yield Case("Output", "a file", train_program.main, ["--config", "DIR/tiny.yaml", "--output", "DIR/tiny.yaml"])
 
 
+def scores() -> dict[str, str | bytes]:
+    """A score file of two videos, as another program may write it."""
+    content = io.BytesIO()
+    np.savez(content, paths=["x", "y"], labels=[0, 1], scores=np.eye(2, 10, dtype=np.float32))
+    return {"a.npz": content.getvalue()}
+
+
 def tool_cases() -> Iterator[Case]:
     table: list[tuple[str, Callable[[list[str]], object], list[str], dict[str, str | bytes]]] = [
         ("check_data: a misspelt key", check_data.main, ["DIR/tiny.yaml", "data.lst=1"], {}),
@@ -396,6 +406,17 @@ def tool_cases() -> Iterator[Case]:
         ("compare: another number of weights", compare_scores.main, ["DIR/a.npz", "DIR/b.npz", "--weights", "1"], {}),
         ("compare: fused scores that are a folder", compare_scores.main,
          ["DIR/a.npz", "DIR/b.npz", "--fused", "DIR/data"], {}),
+        ("certify: a file that is not there", certify.main, ["DIR/a.npz", "DIR/tiny.yaml"], {}),
+        ("certify: text called .npz", certify.main, ["DIR/a.npz", "DIR/tiny.yaml"], {"a.npz": "no scores"}),
+        ("certify: a misspelt key", certify.main, ["DIR/a.npz", "DIR/tiny.yaml", "data.val_lst=1"], scores()),
+        ("certify: fewer videos than there are", certify.main,
+         ["DIR/a.npz", "DIR/tiny.yaml", "--expected", "1"], scores()),
+        ("certify: scores of another list", certify.main, ["DIR/a.npz", "DIR/tiny.yaml"], scores()),
+        ("publish: a checkpoint that is not there", publish.main, ["DIR/m.pt", "DIR/out"], {}),
+        ("publish: a folder without a checkpoint", publish.main, ["DIR/data", "DIR/out"], {}),
+        ("publish: a folder that is in use", publish.main, ["DIR/m.pt", "DIR/data"], {}),
+        ("publish: a folder that is a file", publish.main, ["DIR/m.pt", "DIR/tiny.yaml"], {}),
+        ("publish: a name that no hub has", publish.main, ["DIR/m.pt", "DIR/out", "--push", "name"], {}),
         ("motion test: clips of one frame", motion_test.main, ["DIR/tiny.yaml", "DIR/m.pt", "data.num_segments=1"], {}),
         ("motion test: a list without labels", motion_test.main,
          ["DIR/tiny.yaml", "DIR/m.pt", "data.val_list=DIR/u.txt"], {"u.txt": "val_00000 4 -1\n"}),

@@ -18,6 +18,7 @@ from engine.averaging import AveragedWeights
 from engine.configuration import default_config, read_config
 from engine.metrics import validation_metrics
 from engine.metrics_file import MetricsFile, keep_rows, read_rows
+from engine.run_facts import facts_of_run
 from engine.sinks import TerminalSink
 from engine.training_state import Progress, finished
 from utils.errors import ConfigError
@@ -91,7 +92,14 @@ def test_a_killed_run_has_every_row_once_and_the_same_average_as_an_unbroken_one
 def test_rows_go_along_into_another_folder(config, tmp_path):
     train_run(config, tmp_path / "a", "solver.epochs=1", "solver.lr_warmup_step=1", *ROW)
     train_run(config, tmp_path / "b", f"resume={tmp_path / 'a' / 'last_model.pt'}", *ROW)
-    assert [row["epoch"] for row in read_rows(tmp_path / "b" / "metrics.jsonl")] == 9 * [0] + 9 * [1]
+    rows = read_rows(tmp_path / "b" / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == 9 * [0] + 9 * [1]
+    assert [place for place, row in enumerate(rows) if "run" in row] == [0, 9]  # what each start knows of itself
+    facts = facts_of_run(rows)
+    spent = [rows[last]["time"] - rows[first]["run"]["started"] for first, last in ((0, 8), (9, 17))]
+    assert facts.seconds == pytest.approx(sum(spent)) and len(facts.starts) == 2
+    assert facts.values("train_videos") == [16] and len(facts.values("train_list_sha256")) == 1
+    assert facts_of_run(rows[1:]).seconds is None and facts_of_run([]).memory_mb is None  # of an older version
     assert scalars(tmp_path / "b")[1]["train/loss"] == list(range(1, 17))
 
 

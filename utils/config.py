@@ -315,7 +315,7 @@ def _check_paths(
         if value is None and key in needed:
             missing.append((key, f"missing, and this run needs it: {field.doc}"))
         if value is not None and (key, value) not in NO_FILES and not _is_there(field.kind, value):
-            kind = "file or folder" if field.kind == "model" else field.kind
+            kind = "folder" if field.kind == "folder" else "file"
             missing.append((key, f"no such {kind}: {os.path.abspath(value)}"))
     others = more(values) if more else []
     if len(missing) + len(others) == 1:

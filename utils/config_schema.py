@@ -32,7 +32,7 @@ KINDS = {
     "str": "text",
     "file": "a file",
     "folder": "a folder",
-    "model": "a file, a folder, or `org/name` of the Hugging Face Hub",
+    "model": "a file, a folder, or a name of the Hugging Face Hub, org/name",
     "list of int": "a list of whole numbers",
     "list of float": "a list of numbers",
     "int or list of int": "a whole number or a list of them",
