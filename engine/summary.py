@@ -20,7 +20,7 @@ from modules.backbones import FrozenTower
 from modules.side4video import Side4Video
 from modules.side_network import HEAD_WIDTH, SideNetwork
 from utils.distributed import get_world_size
-from utils.precision import attention_kernel, describe_switches
+from utils.precision import Precision, attention_kernel, describe_switches
 from utils.version import VERSION
 
 PAPER_GPUS = 8

@@ -48,6 +48,7 @@ ONLY_PARSED = {
     "sh scripts/run_demo.sh": "five minutes; its commands are parsed one by one",
     "sh scripts/run_tests.sh": "runs this test",
     "sh scripts/run_tests_oldest.sh": "installs packages",
+    "sh scripts/gpu_report.sh": "needs a GPU; tests/test_gpu_report.py runs its bodies",
     "NUM_GPUS=": "needs several GPUs; tests/test_programs.py runs two processes",
     "NNODES=": "needs several machines; tests/test_scripts.py shows what is launched",
     "CUDA_VISIBLE_DEVICES=": "needs GPUs",
@@ -175,6 +176,8 @@ def program(words: list[str]) -> tuple[Callable, list[str]]:
             with_config = rest[0] == "CONFIG" or rest[0].endswith(".yaml")
             config = ["--config", rest.pop(0)] if with_config else []
             return test_program.main, [*config, "--weights", *rest]
+        case ["sh", "scripts/gpu_report.sh", *rest]:
+            return importlib.import_module("benchmarks.gpu_report").main, rest
         case ["sh", "scripts/run_predict.sh", *rest]:
             return predict.main, rest
         case ["python", "-m", "utils.config", *rest]:

@@ -214,7 +214,7 @@ def test_limits_that_make_no_sense_are_refused(option, capsys):
 
 def test_the_command_of_the_documentation_is_understood():
     text = (REPOSITORY / "docs" / "prediction.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^    python tools/demo_page\.py (.*)$", text, re.MULTILINE)
+    (command,) = re.findall(r"^python tools/demo_page\.py (.*)$", text, re.MULTILINE)
     args = demo_page.parse(command.split())
     assert args.checkpoint == "exp_onehot/demo" and args.window == 0.8
     section = text.split("### A page in the browser")[1].split("\n## ")[0]

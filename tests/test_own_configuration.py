@@ -28,6 +28,8 @@ OTHERS = {
     "data.dense": True,
     "network.arch": "timm/vit_tiny_patch16_224.other",
     "network.backbone_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4},
+    "network.side": "linear",
+    "network.average_frames": False,
     "network.side_variant": "post",
     "network.side_layers": [0, 1],
 }
