@@ -212,6 +212,15 @@ def test_the_readme_quotes_the_results():
         assert f"{min(ratios):.1f} to {max(ratios):.1f} times {what}" in page, (what, ratios)
 
 
+def test_the_page_of_numerics_quotes_the_decoders():
+    page = " ".join(pages.read("docs/numerics.md").split())
+    results = (REPOSITORY / "benchmarks/results/decoders.txt").read_text()
+    rows = dict(re.findall(r"^(.*?): plain decord .*?, pyav .*?\(ratio ([\d.]+)\)", results, re.MULTILINE))
+    hevc = [ratio for name, ratio in rows.items() if name.startswith("HEVC")]
+    others = sorted(ratio for name, ratio in rows.items() if not name.startswith("HEVC"))
+    assert f"`pyav` is {others[0]} to {others[-1]} times as fast" in page and f"HEVC it is {hevc[0]} times" in page
+
+
 def test_the_page_of_checkpoints_names_the_towers_and_timms_addresses():
     page = pages.read("docs/checkpoints.md")
     assert all(f"`{arch}`" in page for arch in PUBLISHED_FILES)
