@@ -22,14 +22,17 @@ PRODUCTS = {
 NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view, aten.detach}
 
 
-def measure_memory(function: Callable[[], Any]) -> tuple[int, int]:
+def measure_memory(function: Callable[[], Any], device: torch.device | None = None) -> tuple[int, int]:
     """Return (bytes kept after the call, bytes at its peak) beyond those allocated before it, on the CPU or a GPU.
 
     PyTorch's allocator is asked, so every tensor counts, including those that a function keeps on its ctx, which
     saved-tensor hooks miss, and those of compiled code. The result of the call is alive when the kept bytes are
     counted, and with it everything that a backward pass needs.
+
+    Args:
+        device: whose memory is measured; None: the GPU if there is one.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

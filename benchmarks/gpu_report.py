@@ -34,7 +34,7 @@ from utils.errors import ConfigError, UserError, run_program
 SECTIONS: dict[str, tuple[Callable[[torch.device], Iterator[Row]], int]] = {
     "environment": (environment, 60),
     "roofline": (roofline, 90),
-    "tests": (gpu_tests, 240),
+    "tests": (gpu_tests, 300),
     "parts": (parts, 120),
     "evaluation": (evaluation, 90),
     "processes": (processes, 120),

@@ -266,7 +266,7 @@ def training_peak(model: Side4Video, optimizer: torch.optim.Optimizer, config: D
     """Bytes at the peak of a training step, model and optimizer included, as the plan counts them."""
     state = [t for entry in optimizer.state.values() for t in entry.values() if torch.is_tensor(t)]
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *state) if t.device == precision.device)
-    return held + measure_memory(lambda: step_of(model, optimizer, config, precision)())[1]
+    return held + measure_memory(lambda: step_of(model, optimizer, config, precision)(), precision.device)[1]
 
 
 def forms(device: torch.device) -> Iterator[Row]:
@@ -310,7 +310,7 @@ def evaluation(device: torch.device) -> Iterator[Row]:
                     score = partial(score_views, model, with_clips(config, views), precision)
                     row["views/s"] = digits(views / steady_seconds(score, device))
                     if precision == amp:
-                        peak = held + measure_memory(score)[1]
+                        peak = held + measure_memory(score, device)[1]
                         row |= {"planned GB": gigabytes(plan), "measured GB": gigabytes(peak)}
                         row["planned / measured"] = round(plan / peak, 3)
                 except torch.OutOfMemoryError:

@@ -91,7 +91,7 @@ def measure(name: str, step: str, instrument: str) -> int:
     """Bytes at the peak of a step; run it in a process that has done nothing else."""
     config = configuration(name)
     if instrument == "allocator":
-        return measure_memory(lambda: STEPS[step](config))[1]
+        return measure_memory(lambda: STEPS[step](config), CPU)[1]
     before = resident("VmRSS")
     STEPS[step](config)
     return resident("VmHWM") - before

@@ -115,7 +115,7 @@ def test_recomputing_keeps_less_than_a_third(device, compiled):
         model = small_model(recompute=recompute)
         model.place(first(device), compiled=compiled)
         model(clips)
-        kept.append(measure_memory(lambda model=model: model(clips))[0])
+        kept.append(measure_memory(lambda model=model: model(clips), first(device))[0])
     assert kept[0] < kept[1] / 3
 
 

@@ -20,8 +20,7 @@ HEAD = f"""# Memory
 Printed by `python -m tools.memory_page > docs/memory.md`. No GPU has run for this page: the numbers are counted in a
 dry run of the real training step and test, on tensors without values, under the rules of CUDA's autocast in bf16.
 `benchmarks/results/plan_check.txt` compares the same count on the CPU with the allocator of real steps. A process on a
-CPU holds more, because glibc keeps freed tensors below 32 MiB in its heap. With MALLOC_MMAP_THRESHOLD_=65536 it gives
-them back.
+CPU holds more: glibc keeps freed tensors below 32 MiB in its heap; with MALLOC_MMAP_THRESHOLD_=65536 it does not.
 
 ```
 python tools/plan.py configs/k400/vitb16.yaml --gpu 24GB --gpus 4
