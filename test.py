@@ -32,7 +32,7 @@ from engine.loops import evaluate
 from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.report import probe_report, write_report
-from engine.scores import PartialScores, Scores, save_scores
+from engine.scores import PartialScores, Scores, describe_views, save_scores
 from engine.summary import describe_environment, describe_model
 from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint, tower_hash_of
@@ -255,11 +255,7 @@ def report(result: Scores, seconds: float) -> None:
         accuracy = f"top-1 {topk_accuracy(scores, labels, 1):.2f}"
         if scores.shape[1] > 5:
             accuracy += f", top-5 {topk_accuracy(scores, labels, 5):.2f}"
-    log.info(
-        f"{protocol['num_segments']} frames x {protocol['test_crops']} crops x {protocol['test_clips']} clips"
-        f"{' (dense)' if protocol['dense'] else ''} on {len(scores)} videos: {accuracy}, "
-        f"{seconds / len(scores):.3f} s a video"
-    )
+    log.info(f"{describe_views(protocol)} on {len(scores)} videos: {accuracy}, {seconds / len(scores):.3f} s a video")
     if result.labelled and result.class_names:
         lowest = [(label, top1) for label, top1 in class_accuracy(scores, labels).items() if top1 < 100][:5]
         if lowest:
