@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--test_crops", type=int, choices=(1, 3, 5, 10), default=1, help="crops of a clip")
     parser.add_argument("--test_clips", type=int, default=1, metavar="N", help="clips of a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, as data.dense=True")
-    parser.add_argument("--save_scores", metavar="FILE.npz", help="write paths, labels, scores and the protocol")
+    parser.add_argument("--save_scores", metavar="FILE.npz", help="write paths, labels, scores, protocol, certificate")
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and its tables, docs/report.md")
     parser.add_argument("--precision", choices=("amp", "bf16", "fp16", "fp32"), help="instead of solver.precision")
     parser.add_argument(

@@ -312,7 +312,7 @@ def test_the_report_shows_the_certificate(tested, tmp_path):
     certificate = load_scores(tested / "s.npz").certificate
     for name in ("checkpoint_sha256", "tower_sha256", "class_names_sha256"):
         assert certificate[name] in page
-    assert "videos expected" in page and "SHA-256 of the list" in page
+    assert "videos expected" in page and "SHA-256 of the list" in page and f"torch {torch.__version__}, timm" in page
 
 
 def test_missing_videos_are_counted_from_the_published_list_the_option_or_the_list(tested, copied, say):

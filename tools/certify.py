@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import read_annotations, read_class_names
 from datasets.decoders import describe_decoder
-from engine.certificate import OFFICIAL_VIDEOS, Bounds, bounds, hash_names
+from engine.certificate import OFFICIAL_VIDEOS, Bounds, bounds, describe_environment, hash_names
 from engine.configuration import TRAINED_WITH, read_config
 from engine.report import ranks
 from engine.scores import Scores, describe_views, load_scores, seal_of
@@ -262,10 +262,7 @@ def check_counts(result: Scores) -> Check:
 
 def describe_environments(result: Scores, config: DotMap) -> list[str]:
     """What the scores were computed with, a line each."""
-    lines = [
-        "scored with  " + (", ".join(f"{name} {value}" for name, value in of.items()) or "unknown versions")
-        for of in (result.certificate or {}).get("environments", [])
-    ]
+    lines = [f"scored with  {describe_environment(of)}" for of in (result.certificate or {}).get("environments", [])]
     there, here = result.protocol.get("decoder"), describe_decoder(config.data)
     return [*lines, *([f"decoded by   {there}" + (f" ({here} is here)" if here != there else "")] if there else [])]
 
