@@ -33,7 +33,7 @@ from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, describe_views, save_scores
-from engine.summary import describe_environment, describe_model
+from engine.summary import describe_model
 from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint, tower_hash_of
 from modules.checkpoint_places import find_checkpoint
@@ -219,8 +219,11 @@ def test(
     if report_to is not None and get_rank() == 0:
         if order is not None:
             details.set_scores = details.set_scores[:, :, order]
-        facts = describe_environment(device) | {"seconds a video": f"{seconds / len(scores):.3f}"}
-        facts |= certificate_rows(result.certificate or {})
+        facts = certificate_rows(result.certificate or {}) | {
+            "processes": str(get_world_size()),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds a video": f"{seconds / len(scores):.3f}",
+        }
         log.info("report: %s", write_report(report_to, result, details, dataset, facts))
     return result
 

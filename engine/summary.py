@@ -3,12 +3,10 @@
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from dotmap import DotMap
@@ -123,18 +121,6 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     if decoder := describe_decoder(config.data):
         lines.append(f"video files: decoded by {decoder}")
     return lines
-
-
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions, commit and device of this run, and the time, for a report."""
-    return {
-        "Side4Video": f"{VERSION}, commit {git_commit()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"NumPy {np.__version__}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "processes": str(get_world_size()),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
 
 
 def device_name(device: torch.device) -> str:
