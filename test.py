@@ -32,8 +32,8 @@ from engine.loops import evaluate
 from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
 from engine.report import probe_report, write_report
-from engine.scores import PartialScores, Scores, save_scores
-from engine.software import describe_environment, describe_software
+from engine.scores import PartialScores, Scores, describe_views, save_scores
+from engine.software import describe_software
 from engine.summary import describe_model, describe_products
 from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint, tower_hash_of
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--test_crops", type=int, choices=(1, 3, 5, 10), default=1, help="crops of a clip")
     parser.add_argument("--test_clips", type=int, default=1, metavar="N", help="clips of a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, as data.dense=True")
-    parser.add_argument("--save_scores", metavar="FILE.npz", help="write paths, labels, scores and the protocol")
+    parser.add_argument("--save_scores", metavar="FILE.npz", help="write paths, labels, scores, protocol, certificate")
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and its tables, docs/report.md")
     parser.add_argument("--precision", choices=("amp", "bf16", "fp16", "fp32"), help="instead of solver.precision")
     parser.add_argument(
@@ -220,8 +220,11 @@ def test(
     if report_to is not None and get_rank() == 0:
         if order is not None:
             details.set_scores = details.set_scores[:, :, order]
-        facts = describe_environment(device) | {"seconds a video": f"{seconds / len(scores):.3f}"}
-        facts |= certificate_rows(result.certificate or {})
+        facts = certificate_rows(result.certificate or {}) | {
+            "processes": str(get_world_size()),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds a video": f"{seconds / len(scores):.3f}",
+        }
         log.info("report: %s", write_report(report_to, result, details, dataset, facts))
     return result
 
@@ -256,11 +259,7 @@ def report(result: Scores, seconds: float) -> None:
         accuracy = f"top-1 {topk_accuracy(scores, labels, 1):.2f}"
         if scores.shape[1] > 5:
             accuracy += f", top-5 {topk_accuracy(scores, labels, 5):.2f}"
-    log.info(
-        f"{protocol['num_segments']} frames x {protocol['test_crops']} crops x {protocol['test_clips']} clips"
-        f"{' (dense)' if protocol['dense'] else ''} on {len(scores)} videos: {accuracy}, "
-        f"{seconds / len(scores):.3f} s a video"
-    )
+    log.info(f"{describe_views(protocol)} on {len(scores)} videos: {accuracy}, {seconds / len(scores):.3f} s a video")
     if result.labelled and result.class_names:
         lowest = [(label, top1) for label, top1 in class_accuracy(scores, labels).items() if top1 < 100][:5]
         if lowest:

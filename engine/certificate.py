@@ -63,7 +63,14 @@ def certificate_rows(certificate: dict[str, Any]) -> dict[str, str]:
         ("class_names_sha256", "the class names"),
     )}  # fmt: skip
     counts = {f"videos {what}": str(certificate.get(what, "unknown")) for what in ("expected", "scored", "unreadable")}
-    return {**hashes, **counts, "videos scored in part (damaged)": str(certificate.get("damaged", "unknown"))}
+    counts["videos scored in part (damaged)"] = str(certificate.get("damaged", "unknown"))
+    environments = [describe_environment(of) for of in certificate.get("environments", [])]
+    return {**hashes, **counts, "scored with": "; and ".join(environments)}
+
+
+def describe_environment(environment: dict[str, str]) -> str:
+    """An entry of `environments` in words."""
+    return ", ".join(f"{name} {value}" for name, value in environment.items()) or "unknown versions"
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,13 @@ def save_scores(path: Path, result: Scores) -> None:
         write_atomically(path, lambda file: file.write(body + hashlib.sha256(body).hexdigest().encode()))
 
 
+def describe_views(protocol: dict[str, Any]) -> str:
+    """Frames x crops x clips of a test in words, by its protocol."""
+    parts = (("num_segments", "frames"), ("test_crops", "crops"), ("test_clips", "clips"))
+    numbers = " x ".join(f"{protocol.get(key, '?')} {what}" for key, what in parts)
+    return f"{numbers} (dense)" if protocol.get("dense") else numbers
+
+
 def seal_of(path: str | Path) -> bool | None:
     """Whether a score file is as it was written, bit for bit; None for a file without a seal."""
     content = Path(path).read_bytes()

@@ -3,14 +3,12 @@
 import platform
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 
-from utils.distributed import get_world_size
 from utils.version import VERSION
 
 
@@ -24,18 +22,6 @@ def describe_software(device: torch.device) -> dict[str, str]:
         "timm": timm.__version__,
         "NumPy": np.__version__,
         "device": device_name(device),
-    }
-
-
-def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions, commit and device of this run, and the time, for a report."""
-    return {
-        "Side4Video": f"{VERSION}, commit {git_commit()}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
-        f"NumPy {np.__version__}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "processes": str(get_world_size()),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 

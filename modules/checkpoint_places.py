@@ -46,10 +46,15 @@ def _in_folder(path: Path) -> Path:
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download  # importing it takes half a second
-
     endpoint = os.environ.get("HF_ENDPOINT") or None
     shown = repository if revision is None else f"{repository}@{revision}"
+    try:
+        from huggingface_hub import hf_hub_download  # importing it takes half a second
+    except ImportError as error:
+        raise CheckpointError(
+            f"{shown}: no such file or folder here, and a name of the hub needs the package huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
     try:
         file = hf_hub_download(repository, PUBLISHED, revision=revision, endpoint=endpoint)
     except Exception as error:  # its own exceptions, those of HTTP, and those of the disk

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import save_untrained, score_run
+from tiny import published_form, save_untrained, score_run
 
 import test as test_program
 from engine.certificate import OFFICIAL_VIDEOS, bounds
@@ -265,7 +265,8 @@ def test_an_interrupted_test_has_the_certificate_of_both_parts(tested, tmp_path,
     assert certificate["environments"] == [first, second]
     whole = load_scores(tested / "s.npz").certificate
     assert {**certificate, "environments": 0} == {**whole, "environments": 0}
-    assert failed(say(tmp_path)[0]) == []
+    found, out = say(tmp_path)
+    assert failed(found) == [] and all(f"torch {version}, timm" in out.splitlines()[-1] for version in "12")
 
 
 def test_a_released_checkpoint_is_certified_by_its_own_tower(motion_root, tmp_path, say):
@@ -280,6 +281,29 @@ def test_a_released_checkpoint_is_certified_by_its_own_tower(motion_root, tmp_pa
     assert failed(say(tmp_path, checkpoint="other.pt")[0]) == ["checkpoint", "tower"]
 
 
+def test_the_towers_file_is_checked_where_it_is_and_else_its_hash(motion_root, tmp_path, say, monkeypatch):
+    config = write_config(tmp_path, motion_root, "ViT-B/16")
+    weights = tmp_path / "clip.pt"
+    torch.save(published_form(save_untrained(config, tmp_path / "random.pt").backbone), weights)
+    (tmp_path / "random.pt").unlink()
+    content = yaml.safe_load(Path(config).read_text())
+    content["network"] |= {"init": True, "weights": str(weights)}
+    Path(config).write_text(yaml.safe_dump(content))
+    save_untrained(config, tmp_path / "m.pt")
+    score_run(config, tmp_path / "m.pt", tmp_path / "s.npz")
+    assert say(tmp_path)[0] == dict.fromkeys(CHECKS, certify.OK)
+    weights.rename(tmp_path / "elsewhere.pt")
+    monkeypatch.chdir(tmp_path)
+    found, out = say(tmp_path)
+    assert found == {**dict.fromkeys(CHECKS, certify.OK), "tower": certify.NOT_CHECKED}
+    assert out.splitlines()[-1].endswith(" Not checked: tower.")
+    assert say(tmp_path, "--weights", str(tmp_path / "elsewhere.pt"))[0]["tower"] == certify.OK
+    state = torch.load(tmp_path / "elsewhere.pt", weights_only=True)
+    state["visual.conv1.weight"][0, 0, 0, 0] += 1
+    torch.save(state, tmp_path / "changed.pt")
+    assert failed(say(tmp_path, "--weights", str(tmp_path / "changed.pt"))[0]) == ["weights"]
+
+
 def test_the_report_shows_the_certificate(tested, tmp_path):
     test_program.main(
         ["--config", str(tested / "tiny.yaml"), "--weights", str(tested / "m.pt"), "--report", str(tmp_path / "r")]
@@ -288,7 +312,7 @@ def test_the_report_shows_the_certificate(tested, tmp_path):
     certificate = load_scores(tested / "s.npz").certificate
     for name in ("checkpoint_sha256", "tower_sha256", "class_names_sha256"):
         assert certificate[name] in page
-    assert "videos expected" in page and "SHA-256 of the list" in page
+    assert "videos expected" in page and "SHA-256 of the list" in page and f"torch {torch.__version__}, timm" in page
 
 
 def test_missing_videos_are_counted_from_the_published_list_the_option_or_the_list(tested, copied, say):

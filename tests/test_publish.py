@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -165,6 +166,14 @@ def test_no_network_is_one_line_and_a_path_is_never_asked_for(offline, hub, tmp_
         with pytest.raises(CheckpointError, match="no such checkpoint"):
             Recognizer.load(path)
     assert hub.asked == []
+
+
+def test_without_huggingface_hub_a_name_is_one_line_that_says_what_to_install(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="org/name: .* needs the package huggingface_hub: pip install"):
+        find_checkpoint("org/name")
+    with pytest.raises(UserError, match="--push: the package huggingface_hub is not installed; pip install"):
+        publish.main([str(checkpoint), str(tmp_path / "pub"), "--push", "org/name"])
 
 
 def test_only_what_was_trained_is_in_the_file_and_the_tower_on_request(clip_config, videos, tmp_path, monkeypatch):

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import read_annotations, read_class_names
 from datasets.decoders import describe_decoder
-from engine.certificate import OFFICIAL_VIDEOS, Bounds, bounds, hash_names
+from engine.certificate import OFFICIAL_VIDEOS, Bounds, bounds, describe_environment, hash_names
 from engine.configuration import TRAINED_WITH, read_config
 from engine.report import ranks
-from engine.scores import Scores, load_scores, seal_of
+from engine.scores import Scores, describe_views, load_scores, seal_of
 from modules.checkpoint import read_checkpoint, tower_hash_of
 from modules.checkpoint_places import find_checkpoint
 from modules.hashing import hash_tensors
@@ -233,7 +233,9 @@ def check_protocol(result: Scores, config: DotMap) -> Check:
         return Check("protocol", FAILED, "; ".join(different))
     accepted = protocol.get("accepted_changes")
     changed = f"; accepted changes since the training: {', '.join(accepted)}" if accepted else ""
-    return Check("protocol", OK, f"{views(protocol)}, {protocol.get('precision', 'unknown precision')}{changed}")
+    return Check(
+        "protocol", OK, f"{describe_views(protocol)}, {protocol.get('precision', 'unknown precision')}{changed}"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -260,20 +262,9 @@ def check_counts(result: Scores) -> Check:
 
 def describe_environments(result: Scores, config: DotMap) -> list[str]:
     """What the scores were computed with, a line each."""
-    lines = [
-        "scored with  " + (", ".join(f"{name} {value}" for name, value in of.items()) or "unknown versions")
-        for of in (result.certificate or {}).get("environments", [])
-    ]
+    lines = [f"scored with  {describe_environment(of)}" for of in (result.certificate or {}).get("environments", [])]
     there, here = result.protocol.get("decoder"), describe_decoder(config.data)
     return [*lines, *([f"decoded by   {there}" + (f" ({here} is here)" if here != there else "")] if there else [])]
-
-
-def views(protocol: dict[str, Any]) -> str:
-    """Frames x crops x clips in words."""
-    numbers = [(protocol.get(key, "?"), what) for key, what in (
-        ("num_segments", "frames"), ("test_crops", "crops"), ("test_clips", "clips")
-    )]  # fmt: skip
-    return " x ".join(f"{number} {what}" for number, what in numbers) + (" (dense)" if protocol.get("dense") else "")
 
 
 def describe_accuracy(result: Scores, found: Bounds, origin: str) -> list[str]:
@@ -321,16 +312,17 @@ def cite(file: Path, result: Scores, found: Bounds, not_checked: list[str]) -> s
         )
         if value
     ]
-    environment = (certificate.get("environments") or [{}])[0]
-    software = ", ".join(
-        f"{name} {environment[name]}" for name in ("Side4Video", "commit", "torch", "timm") if name in environment
+    names = ("Side4Video", "commit", "torch", "timm")
+    software = " and ".join(
+        ", ".join(f"{name} {of[name]}" for name in names if name in of) or "unknown versions"
+        for of in certificate.get("environments") or [{}]
     )
     accepted = protocol.get("accepted_changes")
     return (
         f"Top-1 {100 * found.right / max(1, found.scored):.2f} % (95 % interval {low:.2f} to {high:.2f}) on "
-        f"{found.scored} videos of {protocol.get('dataset', 'an unknown data set')}, {views(protocol)}, precision "
-        f"{protocol.get('precision', 'unknown')}.{bounds_text} SHA-256: "
-        f"{', '.join(f'{what} {value[:DIGITS]}' for what, value in hashes)}. {software or 'Unknown versions'}."
+        f"{found.scored} videos of {protocol.get('dataset', 'an unknown data set')}, {describe_views(protocol)}, "
+        f"precision {protocol.get('precision', 'unknown')}.{bounds_text} SHA-256: "
+        f"{', '.join(f'{what} {value[:DIGITS]}' for what, value in hashes)}. Scored with {software}."
         + (f" Changed since the training: {', '.join(accepted)}." if accepted else "")
         + (f" Not checked: {', '.join(not_checked)}." if not_checked else "")
     )

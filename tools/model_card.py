@@ -13,7 +13,7 @@ from dotmap import DotMap
 
 from engine.report import ranks
 from engine.run_facts import RunFacts
-from engine.scores import Scores
+from engine.scores import Scores, describe_views
 from engine.sinks import Row
 from engine.statistics import wilson_interval
 from modules.backbones import TIMM_PREFIX, find_architecture
@@ -143,6 +143,7 @@ def model_card(published: Published) -> str:
     header = yaml.safe_dump(metadata(published, tower), sort_keys=False, allow_unicode=True)
     held = "holds the frozen tower too" if published.has_tower else "does not hold the frozen tower"
     licence = published.licence or f"{UNKNOWN}: the publisher named none"
+    comment = "" if "/" in published.name else "  # the path of this folder, or its name on a hub"
     needs_tower = (
         ""
         if published.has_tower
@@ -166,7 +167,7 @@ In a clone of the Side4Video repository:
 ```python
 from inference import Recognizer
 
-model = Recognizer.load("{published.name}")
+model = Recognizer.load("{published.name}"){comment}
 model.predict("video.mp4")
 ```
 
@@ -242,7 +243,7 @@ def _results(published: Published) -> Iterable[tuple[str, str, float]]:
     for _, scores in published.tests:
         right, n = right_of(scores)
         split = Path(scores.protocol.get("list") or "test").stem
-        yield split, f"top-1, {views(scores.protocol)}", 100 * right / n
+        yield split, f"top-1, {describe_views(scores.protocol)}", 100 * right / n
     if published.validation is not None:
         yield "validation", "top-1, one view", published.validation["top1"]
 
@@ -252,20 +253,18 @@ def right_of(scores: Scores) -> tuple[int, int]:
     return int((ranks(scores.scores, scores.labels) == 1).sum()), len(scores.labels)
 
 
-def views(protocol: dict[str, Any]) -> str:
-    dense = " (dense)" if protocol.get("dense") else ""
-    return (
-        f"{protocol.get('num_segments', '?')} frames x {protocol.get('test_crops', '?')} crops x "
-        f"{protocol.get('test_clips', '?')} clips{dense}"
-    )
-
-
 def _accuracy(published: Published) -> str:
     rows: list[tuple[str, ...]] = [("measured by", "views", "videos", "top-1 %", "95 % interval")]
     for name, scores in published.tests:
         right, n = right_of(scores)
         rows.append(
-            (f"test.py, `{name}`", views(scores.protocol), str(n), f"{100 * right / n:.2f}", _interval(right, n))
+            (
+                f"test.py, `{name}`",
+                describe_views(scores.protocol),
+                str(n),
+                f"{100 * right / n:.2f}",
+                _interval(right, n),
+            )
         )
     if (row := published.validation) is not None:
         n = row.get("videos")
