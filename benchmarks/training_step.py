@@ -1,9 +1,11 @@
 """Memory and time of a training step and of evaluation, against the textbook form of tests/textbook.py.
 
-    python -m benchmarks.training_step [--arch ViT-B/16 ...] [--clips 1 2] [--rounds 7] [--eager]
+    python -m benchmarks.training_step [--arch ViT-B/16 ...] [--clips 1 2] [--rounds 7] [--eager] [--half]
 
 All forms share one tower with seeded weights, and one batch, in float32, and run in turns in one process. Medians of
-seconds and of the ratios of each round. Writes benchmarks/results/training_step_<tower>.txt for each tower.
+seconds and of the ratios of each round. Writes benchmarks/results/training_step_<tower>.txt for each tower. With
+`--half`, the tower of all forms is in bfloat16 and their steps run under autocast; only times are measured, into
+training_step_<tower>_half.txt.
 """
 
 import argparse
@@ -36,13 +38,14 @@ MIB = 2**20
 class Model(nn.Module):
     """A tower and a side network, ours or the textbook's."""
 
-    def __init__(self, tower: FrozenTower, side: nn.Module):
+    def __init__(self, tower: FrozenTower, side: nn.Module, half: bool = False):
         super().__init__()
-        self.tower, self.side = tower, side
+        self.tower, self.side, self.half = tower, side, half
 
     def forward(self, clips: Tensor) -> Tensor:
         """Clips (B, T, 3, H, W) -> features (B, S), letters as in modules/side_network.py."""
-        return self.side(clips, self.tower.layer_tokens(clips))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            return self.side(clips, self.tower.layer_tokens(clips))
 
     def step(self, clips: Tensor) -> None:
         """Forward and backward."""
@@ -145,21 +148,35 @@ def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
             models[name].step(clips)
     lines.append("  operators a step: " + ", ".join(f"{name} {count.operators}" for name, count in counts.items()))
 
-    steps = time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds)
-    lines.append("  seconds a step, ratio to textbook")
-    lines += [f"    {name:30} {seconds:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in steps.items()]
+    timed, steps, views = measure_times(models, clips, rounds)
+    lines += timed
+    lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
+    return lines
 
+
+def measure_times(models: dict[str, Model], clips: Tensor, rounds: int) -> tuple[list[str], dict, dict]:
+    """(lines, times of steps, times of evaluations) as of `time_in_turns`."""
+    steps = time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds)
+    lines = ["  seconds a step, ratio to textbook"]
+    lines += [f"    {name:30} {seconds:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in steps.items()]
     views = time_in_turns(
         {name: lambda m=m: m.views(clips) for name, m in models.items() if not name.startswith("no ")}, rounds
     )
     lines.append("  seconds a view in evaluation, ratio to textbook")
     lines += [
-        f"    {name.replace('recompute', 'ours'):30} {seconds / num_clips:8.3f}   {ratio:.2f}"
+        f"    {name.replace('recompute', 'ours'):30} {seconds / len(clips):8.3f}   {ratio:.2f}"
         for name, (seconds, ratio) in views.items()
     ]
+    return lines, steps, views
 
-    lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
-    return lines
+
+def measure_half(arch: str, num_clips: int, rounds: int) -> list[str]:
+    """The lines of one tower in bfloat16 and batch size."""
+    models = build(arch, eager=True)
+    models["textbook"].tower.convert(torch.bfloat16)
+    models = {name: Model(model.tower, model.side, half=True) for name, model in models.items()}
+    lines, _, _ = measure_times(models, torch.randn(num_clips, FRAMES, 3, SIZE, SIZE), rounds)
+    return [f"\n{arch}, {num_clips} clip(s) of {FRAMES} frames, tower in bfloat16, autocast in bfloat16", *lines]
 
 
 def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) -> str:
@@ -187,18 +204,24 @@ def main() -> None:
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 2], help="batch sizes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="leave out the forms with a compiled tower")
+    parser.add_argument("--half", action="store_true", help="bfloat16: times only, without compiled towers")
     args = parser.parse_args()
     for arch in args.arch:
         lines = [
             describe_machine(),
-            f"{torch.get_num_threads()} threads, float32, {args.rounds} rounds in turns, medians",
+            f"{torch.get_num_threads()} threads, {'bfloat16' if args.half else 'float32'}, {args.rounds} rounds in "
+            "turns, medians",
         ]
         for num_clips in args.clips:
-            lines += measure(arch, num_clips, args.rounds, args.eager)
+            if args.half:
+                lines += measure_half(arch, num_clips, args.rounds)
+            else:
+                lines += measure(arch, num_clips, args.rounds, args.eager)
             torch.compiler.reset()
         text = "\n".join(lines) + "\n"
         sys.stdout.write(text)
-        Path(RESULTS.format(arch.replace("/", "-"))).write_text(text, encoding="utf-8")
+        name = arch.replace("/", "-") + ("_half" if args.half else "")
+        Path(RESULTS.format(name)).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

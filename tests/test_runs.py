@@ -68,7 +68,7 @@ def assert_same_run(folder, other):
     numbers = []
     for path in (folder, other):
         rows = [json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()]
-        changing = ("time", "clips_per_second", "waiting", "memory_mb")
+        changing = ("time", "clips_per_second", "waiting", "memory_mb", "run")  # `run`: when and where it started
         numbers.append([{key: value for key, value in row.items() if key not in changing} for row in rows])
     assert numbers[0] == numbers[1]
 
