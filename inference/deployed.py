@@ -47,10 +47,9 @@ class Model:
         """Frames (H, W, 3) of a clip -> uint8 (crops, T, 3, size, size)."""
         size, resize, (height, width) = self.pixels["size"], self.pixels["resize"], frames[0].shape[:2]
         shape = [int(resize * side / min(height, width)) for side in (height, width)] if type(resize) is int else resize
-        y, x = ((side - size) // 4 for side in shape)
+        half, (y, x) = [round((side - size) / 2) for side in shape], [(side - size) // 4 for side in shape]
         five = [(0, 0), (0, 4 * x), (4 * y, 0), (4 * y, 4 * x), (2 * y, 2 * x)]
-        one = [tuple(round((side - size) / 2) for side in shape)]
-        corners = {1: one, 3: [(2 * y, 0), (2 * y, 4 * x), five[4]], 5: five, 10: five}[crops]
+        corners = {1: [tuple(half)], 3: [(2 * y, 0), (2 * y, 4 * x), five[4]], 5: five, 10: five}[crops]
         clip = np.stack([resized(frame, *shape) for frame in frames])
         found = np.stack([clip[..., top : top + size, left : left + size] for top, left in corners])
         return np.concatenate([found, found[..., ::-1]]) if crops == 10 else found
@@ -109,6 +108,7 @@ def decoded(video):
         streams = [found for found in streams if found and not found.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise ValueError(f"{video}: holds no video")
+        streams[0].codec_context.thread_count = 1  # several fill up damaged frames otherwise
         for packet in container.demux(streams[0]):
             with contextlib.suppress(av.FFmpegError):
                 yield from packet.decode()

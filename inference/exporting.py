@@ -190,7 +190,7 @@ def export(
                 examples = (examples[0].flatten(0, 1),)
             module = graph.module(model, recognizer.config.data).eval()
             facts = metadata_of(recognizer, checkpoint_sha256, graph, half, kind)
-            with refusing(recognizer.config.network.arch, kind):
+            with refusing(recognizer.config.network.arch, kind), without_gradients(module):
                 results = write_graph(module, graph, examples, facts, path)
             examples = tuple(result.unflatten(0, (2, -1)) for result in results)
         if check:
@@ -290,6 +290,19 @@ def refusing(arch: str, kind: str) -> Iterator[None]:
         raise ConfigError(f"network.arch: {arch} cannot be exported as {kind} ({reason[:200]})") from error
 
 
+@contextlib.contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """A program of torch.export keeps which of its parameters want gradients; none does inside."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 @torch.no_grad()
 def write_graph(
     module: nn.Module, graph: Graph, examples: tuple[Tensor, ...], facts: dict[str, str], path: Path
@@ -299,7 +312,7 @@ def write_graph(
         shapes = tuple({0: torch.export.Dim(graph.axis)} for _ in graph.inputs)
         program = torch.export.export(module, examples, dynamic_shapes=shapes)
         program = program.run_decompositions({})  # resolves regions of autocast, with which a file cannot be loaded
-        for node in program.graph.nodes:  # paths of this machine, and lines of code
+        for node in program.graph.nodes:  # as in `simplify`
             node.meta.pop("stack_trace", None)
         if path.suffix == PROGRAM:
             torch.export.save(program, path, extra_files={METADATA: json.dumps(facts, indent=1)})
@@ -311,16 +324,31 @@ def write_graph(
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
                 dynamo=True,
+                optimize=False,
                 verbose=False,
             )
             assert onnx is not None
-            for node in onnx.model.graph:
-                node.metadata_props.clear()
+            simplify(onnx.model)
             onnx.model.metadata_props.update(facts)
             onnx.model.producer_name, onnx.model.producer_version = "side4video", VERSION
             save_onnx(onnx.model, path)
     results = module(*examples)
     return results if isinstance(results, tuple) else (results,)
+
+
+def simplify(model: Any) -> None:
+    """Compute what is constant in an ONNX model of onnx_ir.
+
+    The exporter's own optimizer also looks for patterns, which takes minutes for a tower of twelve blocks. ONNX Runtime
+    finds them when it loads the file, and runs as fast (benchmarks/deployed.py).
+    """
+    optimizer = importlib.import_module("onnxscript.optimizer")
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    importlib.import_module("onnx_ir.passes.common").NameFixPass()(model)
+    for node in model.graph:
+        node.metadata_props.clear()  # paths of this machine, and lines of code
 
 
 def save_onnx(model: Any, path: Path) -> None:
