@@ -8,7 +8,6 @@ import argparse
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from dotmap import DotMap
@@ -182,7 +181,7 @@ def begin(run: Run, start: Start, folder: Folder, iterations: int, is_first: boo
         folder.carry_best(source, run.progress)
     size = checkpoint_bytes(run.model, run.model_part, run.average is not None)
     folder.begin(run.config, size, source, checkpoint)
-    sinks = open_sinks(folder.path, run.config, iterations, is_first) if get_rank() == 0 else []
+    sinks = open_sinks(run, iterations, is_first) if get_rank() == 0 else []
     run.reporter.attach(sinks, wants_batch=checkpoint is None or not (folder.path / PICTURE).exists())
 
 
@@ -238,15 +237,17 @@ def validate(
     return found
 
 
-def open_sinks(folder: Path, config: DotMap, iterations: int, living: bool) -> list[Sink]:
+def open_sinks(run: Run, iterations: int, living: bool) -> list[Sink]:
     """Where process 0 puts the rows of a run, beside the log; arguments as of `begin`."""
+    folder, config = run.folder, run.config
     sinks: list[Sink] = [TerminalSink(config.solver.epochs)] if living else []
     sinks += [PictureFile(folder / PICTURE)]
     # TensorBoard reads the earlier rows of the file at the first new one, so it is told before the file.
     sinks += [TensorBoard(folder / FOLDER, iterations, lambda: read_rows(folder / METRICS), folder / PICTURE)]
     sinks += [MetricsFile(folder / METRICS)]
     if config.logging.wandb is not None:
-        sinks.append(WeightsAndBiases(config, folder, iterations))
+        group = folder.parent.name if run.name else None
+        sinks.append(WeightsAndBiases(config, folder, iterations, group))
     return sinks
 
 

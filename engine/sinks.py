@@ -158,8 +158,11 @@ class TensorBoard(Sink):
 class WeightsAndBiases(Sink):
     """A run of the project `logging.wandb`. A resumed run goes on in the same one, which ignores rows that it has."""
 
-    def __init__(self, config: DotMap, folder: Path, iterations: int):
+    def __init__(self, config: DotMap, folder: Path, iterations: int, group: str | None = None):
         """
+        Args:
+            group: name that several runs of this process share; None for a run alone.
+
         Raises:
             ConfigError: the package is not installed, or the run cannot be started.
         """
@@ -176,6 +179,8 @@ class WeightsAndBiases(Sink):
                 id=name,
                 resume="allow",
                 name=folder.name,
+                group=group,
+                reinit=None if group is None else "create_new",  # beside the others
                 dir=str(folder),
                 config=config.toDict(),
             )
