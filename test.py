@@ -4,7 +4,8 @@ A list whose labels are all -1 gets scores only. A video file that cannot be rea
 frame folder that cannot be read ends the run, unless data.on_error=skip.
 
 sh scripts/run_test_vision.sh [CONFIG] CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]
-                              [--save_scores FILE] [--precision P] [--accept_changes] [key=value ...]
+                              [--save_scores FILE] [--report DIR] [--precision P] [--accept_changes]
+                              [key=value ...]
 python test.py [--config CONFIG] --weights CHECKPOINT [...]           one device, no launcher
 
 Without CONFIG, the configuration in the checkpoint is taken. Where the configuration or the command line would give the
@@ -29,8 +30,10 @@ from engine.configuration import TRAINED_WITH, changed_since_training, config_of
 from engine.loops import evaluate
 from engine.memory import explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
+from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, save_scores
-from engine.summary import describe_model
+from engine.summary import describe_environment, describe_model
+from engine.view_details import VideoDetails, view_sets
 from modules.checkpoint import describe_checkpoint, read_checkpoint
 from modules.hashing import hash_tensors
 from modules.tower_files import load_whole_model
@@ -38,7 +41,7 @@ from utils.atomic import probe
 from utils.distributed import close_distributed, get_rank, get_world_size, init_distributed, naming_lost_processes
 from utils.errors import ConfigError, DataError, run_program
 from utils.logger import setup_logging
-from utils.precision import Precision, resolve_precision
+from utils.precision import Precision, prepare_precision
 
 log = logging.getLogger("test")
 
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--test_clips", type=int, default=1, metavar="N", help="clips of a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, as data.dense=True")
     parser.add_argument("--save_scores", metavar="FILE.npz", help="write paths, labels, scores and the protocol")
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and its tables, docs/report.md")
     parser.add_argument("--precision", choices=("amp", "bf16", "fp16", "fp32"), help="instead of solver.precision")
     parser.add_argument(
         "--accept_changes",
@@ -72,6 +76,8 @@ def main(argv: list[str]) -> None:
     file = Path(args.save_scores) if args.save_scores else None
     if file is not None:
         probe(file)
+    if args.report is not None:
+        probe_report(args.report)
     checkpoint = read_checkpoint(args.weights)
     if config is None:
         config = config_of_checkpoint(checkpoint, args.weights, overrides)
@@ -84,6 +90,7 @@ def main(argv: list[str]) -> None:
         accept_changes=args.accept_changes,
         scores_only=file is not None,
         partial_file=file,
+        report_to=args.report,
     )
     if file is not None and get_rank() == 0:
         save_scores(file, result)
@@ -102,6 +109,7 @@ def test(
     accept_changes: bool = False,
     scores_only: bool = True,
     partial_file: Path | None = None,
+    report_to: Path | None = None,
 ) -> Scores:
     """Score every video of `data.val_list` with V = crops x clips views.
 
@@ -116,6 +124,7 @@ def test(
         scores_only: accept a list without labels, from which only scores can come.
         partial_file: the file that the scores will go to; beside it, those of an unfinished test are kept, and one that
             was interrupted goes on from them.
+        report_to: folder of the report, which process 0 writes.
 
     Raises:
         CheckpointError: the checkpoint does not fit the configuration.
@@ -133,13 +142,15 @@ def test(
     setup_logging()
     for line in change_lines(changes):
         log.warning("accepted change since the training of %s: %s", weights, line)
-    precision = resolve_precision(config.solver.precision, device)
+    precision = prepare_precision(config.solver, device)
 
     # Data first: a list without labels is refused before a large model is loaded.
     views = {"rank": get_rank(), "world_size": get_world_size(), "clips": clips, "crops": crops, "unlabelled": True}
     views["every_video"] = True  # scores of all, whatever data.min_frames
     loader = build_eval_loader(config, **views)
     dataset = loader.dataset
+    if dataset.labels[0] == UNLABELLED and report_to is not None:
+        raise DataError(f"{config.data.val_list}: no labels, which a report needs: take --save_scores FILE.npz instead")
     if dataset.labels[0] == UNLABELLED and not scores_only:
         raise DataError(f"{config.data.val_list}: no labels, so only scores can come out: add --save_scores FILE.npz")
 
@@ -156,7 +167,10 @@ def test(
     for line in describe_model(config, model):
         log.info(line)
 
-    partial = None if partial_file is None else PartialScores(partial_file, protocol)
+    data = config.data
+    sets = view_sets(crops, clips, first_clip=data.protocol == "kinetics" and not data.dense)
+    details = VideoDetails(len(dataset), data.num_classes, data.num_segments, sets)
+    partial = None if partial_file is None else PartialScores(partial_file, protocol, details.NAMES)
     if partial and partial.done:
         log.info("scores: %d of %d videos are done, in %s.partial-*", len(partial.done), len(dataset), partial_file)
         loader = build_eval_loader(config, **views, done=partial.done)
@@ -165,7 +179,7 @@ def test(
     try:
         memory = explaining_memory(config, device, training=False)
         with naming_lost_processes(), naming_lost_workers(loader), memory:
-            scores = evaluate(model, loader, precision, config, partial)
+            scores = evaluate(model, loader, precision, config, partial, details)
     except BaseException:
         if partial:
             partial.write()
@@ -177,8 +191,16 @@ def test(
         damaged=np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged]),
         class_names=dataset.class_names or trained_names,
         protocol=protocol,
+        num_frames=details.num_frames,
+        thumbnails=details.thumbnails,
     )
-    report(result, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    report(result, seconds)
+    if report_to is not None and get_rank() == 0:
+        if order is not None:
+            details.set_scores = details.set_scores[:, :, order]
+        facts = describe_environment(device) | {"seconds a video": f"{seconds / len(scores):.3f}"}
+        log.info("report: %s", write_report(report_to, result, details, dataset, facts))
     return result
 
 
@@ -209,16 +231,19 @@ def report(result: Scores, seconds: float) -> None:
     scores, labels, protocol = result.scores, result.labels, result.protocol
     accuracy = "no labels"
     if result.labelled:
-        top1, top5 = (topk_accuracy(scores, labels, k) for k in (1, 5))
-        accuracy = f"top-1 {top1:.2f}, top-5 {top5:.2f}"
+        accuracy = f"top-1 {topk_accuracy(scores, labels, 1):.2f}"
+        if scores.shape[1] > 5:
+            accuracy += f", top-5 {topk_accuracy(scores, labels, 5):.2f}"
     log.info(
         f"{protocol['num_segments']} frames x {protocol['test_crops']} crops x {protocol['test_clips']} clips"
         f"{' (dense)' if protocol['dense'] else ''} on {len(scores)} videos: {accuracy}, "
         f"{seconds / len(scores):.3f} s a video"
     )
     if result.labelled and result.class_names:
-        lowest = list(class_accuracy(scores, labels).items())[:5]
-        log.info("lowest top-1: %s", ", ".join(f"{result.class_names[label]} {top1:.2f}" for label, top1 in lowest))
+        lowest = [(label, top1) for label, top1 in class_accuracy(scores, labels).items() if top1 < 100][:5]
+        if lowest:
+            named = ", ".join(f"{result.class_names[label]} {top1:.2f}" for label, top1 in lowest)
+            log.info("lowest top-1: %s", named)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ python train.py --config CONFIG [--output DIR] [key=value ...]        one device
 
 import argparse
 import logging
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +21,22 @@ from datasets.loaders import (
     check_shared_memory,
     naming_lost_workers,
 )
+from engine.averaging import AveragedWeights
 from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
-from engine.memory import explaining_memory
-from engine.metrics import topk_accuracy
+from engine.memory import PeakReport, explaining_memory
+from engine.metrics_file import METRICS, MetricsFile, read_rows
 from engine.optim import build_optimizer
 from engine.reporter import Reporter
-from engine.run_folder import LOG, FollowedFolder, RunFolder, find_start, open_run_folder
+from engine.run_folder import BEST, BEST_EMA, LOG, FollowedFolder, RunFolder, find_start, open_run_folder
+from engine.sinks import FOLDER, PICTURE, PictureFile, Sink, TensorBoard, TerminalSink, WeightsAndBiases
 from engine.summary import describe_run
 from engine.training_state import (
     Progress,
+    finished,
+    improved_epoch,
+    is_evaluated,
     keep_global_batch,
     load_start,
     percent,
@@ -50,7 +57,7 @@ from utils.distributed import (
 )
 from utils.errors import ConfigError, run_program
 from utils.logger import setup_logging
-from utils.precision import Precision, resolve_precision
+from utils.precision import Precision, prepare_precision
 from utils.seeding import seed_everything
 
 log = logging.getLogger("train")
@@ -65,7 +72,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     args = parser.parse_intermixed_args(argv)
-    config = read_config(args.config, args.overrides, purpose="train")
+    config = read_config(args.config, args.overrides, purpose="train", complete=True)
     train(config, args.output, args.allow_config_change)
     close_distributed()
 
@@ -89,7 +96,7 @@ def train_in(
     """`train` in a folder that this run has locked."""
     setup_logging(folder.path / LOG)
     log.info("output: %s", folder.path)
-    precision, only_evaluate = resolve_precision(config.solver.precision, device), config.solver.evaluate
+    precision, only_evaluate = prepare_precision(config.solver, device), config.solver.evaluate
 
     # Where to start. It comes before the data: another number of processes changes the batch.
     source, start = find_start(config, folder.path)
@@ -100,8 +107,8 @@ def train_in(
         refuse_without_optimizer(start, source)
         config = keep_global_batch(start, source, config, get_world_size())
         refuse_changes(start, source, config, allow_config_change)
-        if start["epoch"] >= config.solver.epochs:
-            log.info("finished: epoch %d of %d; raise solver.epochs to go on", start["epoch"], config.solver.epochs)
+        if start.get("step", 0) == 0 and (why := finished(start["epoch"], improved_epoch(start), config)):
+            log.info("finished: %s", why)
             return start["best_accuracy"]
 
     # Data. It comes before the model: class names decide whether a checkpoint's head is kept.
@@ -119,21 +126,26 @@ def train_in(
     if get_world_size() > 1:
         model.parallelize()
     if only_evaluate:
-        return validate(model, val_loader, precision, config)
+        return validate(model, val_loader, precision, config, Reporter(config, device), 0, 0)
 
     # Optimizer. It takes the tensors where `place` has put them, and its state comes after the model's weights.
     check_batch(config, model)
     train_loader = build_train_loader(config, get_rank(), get_world_size())
     check_shared_memory(train_loader, val_loader)
     optimizer, scaler = build_optimizer(model, config), precision.grad_scaler()
+    average = None if config.solver.ema is None else AveragedWeights(model.trained, config.solver.ema)
     reporter = Reporter(config, device, train_loader.dataset)
-    for line in describe_run(config, model, train_loader, val_loader, precision):
+    for line in describe_run(config, model, train_loader, val_loader, precision, folder.path):
         log.info(line)
+    peak = PeakReport(config, device)
     progress = Progress(epoch=config.solver.start_epoch)
     if resumed:
-        progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config)
+        progress = restore_training(start, source, optimizer, scaler, reporter, train_loader, config, average)
         folder.carry_best(source, progress)
-    folder.begin(config, checkpoint_bytes(model, model_part))
+    sinks = open_sinks(folder.path, config, len(train_loader)) if get_rank() == 0 else []
+    size = checkpoint_bytes(model, model_part, average is not None)
+    folder.begin(config, size, source if resumed else None, start if resumed else None)
+    reporter.attach(sinks, wants_batch=not resumed or not (folder.path / PICTURE).exists())
 
     def state(epoch: int, step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
         return checkpoint_state(
@@ -147,13 +159,19 @@ def train_in(
             world_size=get_world_size(),
             best_accuracy=progress.best,
             decoder=describe_decoder(config.data),
+            ema=None if average is None else average.state_dict(),
+            best_accuracy_ema=progress.best_ema,
+            improved=progress.improved,
             optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict(),
         )
 
     # Epochs.
-    with Saver(folder.path, config, state, reporter, train_loader) as saver:
+    with closing(reporter), Saver(folder.path, config, state, reporter, train_loader) as saver:
         for epoch in range(progress.epoch, config.solver.epochs):
+            if why := finished(epoch, progress.improved, config) if progress.step == 0 else None:
+                log.info("finished: %s", why)
+                break
             first, progress.step = progress.step, 0
             train_loader.sampler.set_epoch(epoch, first * config.data.batch_size)
             with (
@@ -162,19 +180,38 @@ def train_in(
                 saver.epoch(epoch) as after_update,
             ):
                 loss = train_one_epoch(
-                    model, train_loader, optimizer, scaler, precision, epoch, config, reporter, first, after_update
+                    model,
+                    train_loader,
+                    optimizer,
+                    scaler,
+                    precision,
+                    epoch,
+                    config,
+                    reporter,
+                    first,
+                    after_update,
+                    average,
                 )
+            peak.epoch_done()
             report_videos(train_loader, epoch)
             model.broadcast_buffers()
 
-            accuracy = None
+            best_files = []
             if is_evaluated(epoch, config):
+                place = (reporter, epoch, len(train_loader))
                 saver.save(epoch, len(train_loader))  # a signal stops an evaluation at once
-                accuracy = validate(model, val_loader, precision, config)
-            is_best = accuracy is not None and (progress.best is None or accuracy > progress.best)
-            progress.best = accuracy if is_best else progress.best
-            log.info("epoch %d done: loss %.4f, best top-1 %s", epoch, loss, percent(progress.best))
-            saver.save(epoch + 1, is_best=is_best)
+                if progress.take(epoch, validate(model, val_loader, precision, config, *place)):
+                    best_files.append(BEST)
+                if average is not None:
+                    with average.in_place_of(model.trained):
+                        model.broadcast_buffers()
+                        top1 = validate(model, val_loader, precision, config, *place, averaged=True)
+                    if progress.take(epoch, top1, averaged=True):
+                        best_files.append(BEST_EMA)
+            of_average = "" if average is None else f", of the average {percent(progress.best_ema)}"
+            log.info("epoch %d done: loss %.4f, best top-1 %s%s", epoch, loss, percent(progress.best), of_average)
+            log.info("epoch %d: %s", epoch, reporter.epoch_memory())
+            saver.save(epoch + 1, best_files=best_files)
     return progress.best
 
 
@@ -200,19 +237,31 @@ def report_videos(loader: VideoLoader, epoch: int) -> None:
             log.info("epoch %d: %d training videos %s: %s", epoch, len(met), what, first)
 
 
-def is_evaluated(epoch: int, config: DotMap) -> bool:
-    """Every `eval_freq` epochs and after the last one, but never an epoch of `skip_epoch`."""
-    due = (epoch + 1) % config.logging.eval_freq == 0 or epoch + 1 == config.solver.epochs
-    return due and epoch not in config.logging.skip_epoch
-
-
-def validate(model: Side4Video, loader: VideoLoader, precision: Precision, config: DotMap) -> float:
-    """One view of every validation video; logs and returns top-1 in percent."""
+def validate(
+    model: Side4Video,
+    loader: VideoLoader,
+    precision: Precision,
+    config: DotMap,
+    reporter: Reporter,
+    epoch: int,
+    step: int,
+    averaged: bool = False,
+) -> float:
+    """One view of every validation video; reports the metrics and returns top-1 in percent."""
     with naming_lost_workers(loader), explaining_memory(config, precision.device, training=False):
         scores = evaluate(model, loader, precision, config)
-    top1, top5 = (topk_accuracy(scores, loader.dataset.labels, k) for k in (1, 5))
-    log.info("validation: top-1 %.2f, top-5 %.2f on %d videos", top1, top5, len(scores))
-    return top1
+    return reporter.validation(epoch, step, scores, loader.dataset.labels, averaged)["top1"]
+
+
+def open_sinks(folder: Path, config: DotMap, iterations: int) -> list[Sink]:
+    """Where process 0 puts the rows of a training, beside the log. `iterations` are those of an epoch."""
+    sinks: list[Sink] = [TerminalSink(config.solver.epochs), PictureFile(folder / PICTURE)]
+    # TensorBoard reads the earlier rows of the file at the first new one, so it is told before the file.
+    sinks += [TensorBoard(folder / FOLDER, iterations, lambda: read_rows(folder / METRICS), folder / PICTURE)]
+    sinks += [MetricsFile(folder / METRICS)]
+    if config.logging.wandb is not None:
+        sinks.append(WeightsAndBiases(config, folder, iterations))
+    return sinks
 
 
 if __name__ == "__main__":

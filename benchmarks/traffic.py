@@ -2,10 +2,10 @@
 
     python -m benchmarks.traffic [--arch ViT-B/16 ...] [--clips 32] [--compile] [--by_operator]
 
-The model runs forward and backward on fake tensors, under autocast in bfloat16 with the tower in bfloat16, so nothing is
-computed and no memory is needed. Autocast's rules are those of CUDA: CUDA runs layer_norm in float32. Each operator is
-taken to read its inputs and write its results once. Matrix products, convolutions and attention are counted apart. The
-times of a roofline are arithmetic: bytes over bandwidth plus arithmetic over peak rate, from the makers' data sheets.
+The model runs forward and backward on fake tensors, under autocast in bfloat16 with the tower in bfloat16, so nothing
+is computed and no memory is needed. Autocast's rules are those of CUDA: CUDA runs layer_norm in float32. Each operator
+is taken to read its inputs and write its results once. Matrix products, convolutions and attention are counted apart.
+The times of a roofline are arithmetic.
 """
 
 from collections import Counter

@@ -10,7 +10,7 @@ import functools
 import importlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -206,7 +206,7 @@ def open_container(path: str | Path, **options: Any) -> Any:
     return _import("av").open(os.path.abspath(path), metadata_errors="replace", **options)
 
 
-def decode_all(path: str | Path, damage: Damage | None = None) -> Iterator[Any]:
+def decode_all(path: str | Path, damage: Damage | None = None) -> Generator[Any]:
     """Yield every frame of a video file as a PyAV frame, in the order of presentation.
 
     Each call opens the file, because seeking back to the start is not exact in every format. Without `damage`, the

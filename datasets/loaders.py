@@ -24,6 +24,7 @@ from datasets.flips import flip_pairs
 from datasets.readers import FrameFolderReader, Reader, VideoFileReader
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalVideoDataset, TrainVideoDataset, VideoDataset
+from utils.distributed import device_type
 from utils.errors import ConfigError, DataError, UserError
 from utils.parallel import usable_cores
 from utils.seeding import shot_rng
@@ -422,7 +423,7 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device_type() == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=config.data.prefetch if workers > 0 else None,
         # A DataLoader draws a seed for its workers. Nothing uses it, so it must not advance the global generator, from

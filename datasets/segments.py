@@ -2,7 +2,10 @@
 
 A scan of the packets, once for each file and process, proves where decoding may start and how many frames are shown
 before. A segment is then read from the last such place before it. Its packets are compared with the scan. Where this is
-not possible, the file is decoded from its start.
+not possible, or decoding meets damage, the file is decoded from its start.
+
+In a file with a scan, a packet that cannot be decoded keeps its frame number, so damage moves no other segment. In
+other files, only frames that can be decoded are counted.
 """
 
 import contextlib
@@ -20,7 +23,9 @@ import numpy as np
 from datasets.bitstreams import Picture
 from datasets.decoders import (
     MOST_HELD,
+    Converter,
     Damage,
+    FrameCountError,
     Undescribed,
     VideoDecoder,
     decode_all,
@@ -33,6 +38,9 @@ from datasets.decoders import (
 # Fewest packets between two places at which reading may start. More places need more memory in every loader process; a
 # packet that lies between place and segment is read, but not decoded.
 SHORTEST_GROUP = 64
+
+# A damaged file may give frames in another order than that of presentation. A decoder holds back at most 16 frames.
+MOST_REORDERED = 17
 
 # Files whose scans a process keeps. A file of 100,000 frames takes 0.1 MB.
 MOST_SCANS = 1024
@@ -79,30 +87,76 @@ class SegmentDecoder:
         """
         self.num_frames = num_frames
         self.damage = Damage()
-        self._path, self._first = path, first
+        self._path, self._first, self._length = path, first, num_frames
+        self._times: list[int] | None = None  # of the frames that can be decoded, if damage was met
         self._whole = whole(path) if whole else None
         self._scan = None if whole else scan(path)
         if known := self._whole or self._scan:
             check_end(self._first, self.num_frames, known.num_frames)
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Return the frames at ascending, distinct indices of the segment. May be called once."""
+        """Return the frames at ascending, distinct indices of the segment. May be called once.
+
+        Raises:
+            FrameCountError: the segment is damaged and has fewer frames. `read` may be called again.
+            SegmentError: the segment ends behind the end of the file.
+        """
         wanted = [self._first + index for index in indices]
         if self._whole is not None:
-            return self._whole.read(wanted)
-        if self._scan is not None and (frames := read_at(self._path, self._scan, wanted)) is not None:
-            return frames
+            try:
+                return self._whole.read(wanted)
+            except FrameCountError as error:  # its number is that of the file
+                check_end(self._first, self.num_frames, error.num_frames)
+                return self._whole.read(wanted)
+        if self._scan is not None:
+            if self._times is None and (frames := read_at(self._path, self._scan, wanted)) is not None:
+                return frames
+            if self._times is not None:
+                return self._read_by_time(indices, self._times)
+            if times := shown_times(self._path, self._first, self._length):
+                return self._read_by_time(indices, self._decoded_times(times))
         return self._read_from_start(wanted)
+
+    def _decoded_times(self, times: list[int]) -> list[int]:
+        """Return those of the times at which a frame is shown that can be decoded. Sets `damage`."""
+        decoded = sorted({frame.pts for frame in self._decode_to(times, self.damage)})
+        if not decoded:
+            raise ValueError("no frame of the segment can be decoded")
+        if len(decoded) < len(times) and not self.damage:  # without a complaint of the decoder
+            self.damage.lost = len(times) - len(decoded)
+        return decoded
+
+    def _read_by_time(self, indices: Sequence[int], times: list[int]) -> list[np.ndarray]:
+        """Read frames of a segment whose frames are shown at these times."""
+        self._times = times
+        if len(times) < self.num_frames:
+            promised, self.num_frames = self.num_frames, len(times)
+            raise FrameCountError(promised, self.num_frames)
+        wanted, found, convert = [times[index] for index in indices], dict[int, np.ndarray](), Converter()
+        for frame in self._decode_to(wanted, Damage()):
+            found.setdefault(frame.pts, convert(frame))
+        return [found[time] for time in wanted]
+
+    def _decode_to(self, times: list[int], damage: Damage) -> Iterator[Any]:
+        """Yield the frames at ascending times, decoded from the start of the file."""
+        wanted, left = set(times), MOST_REORDERED
+        for frame in decode_all(self._path, damage):
+            if frame.pts in wanted:
+                yield frame
+            if frame.pts is not None and frame.pts >= times[-1]:
+                left -= 1
+                if left == 0:
+                    return
 
     def _read_from_start(self, wanted: list[int]) -> list[np.ndarray]:
         # The last frame is read too, so that a segment that ends behind the file's end is always found.
-        last = self._first + self.num_frames - 1
-        if last >= sys.maxsize:
-            check_end(self._first, self.num_frames, count_frames(self._path))
-        frames = pick(decode_all(self._path, self.damage), sorted({*wanted, last}))
-        if len(frames) < len({*wanted, last}):
-            check_end(self._first, self.num_frames, count_frames(self._path))
-        return frames[: len(wanted)]
+        last = self._first + self._length - 1
+        if last < sys.maxsize:
+            frames = pick(decode_all(self._path, self.damage), sorted({*wanted, last}))
+            if len(frames) == len({*wanted, last}):
+                return frames[: len(wanted)]
+        check_end(self._first, self._length, count_decoded(self._path))
+        raise ValueError("the file was changed while it was read")
 
 
 def check_end(first: int, num_frames: int, count: int) -> None:
@@ -115,7 +169,27 @@ def check_end(first: int, num_frames: int, count: int) -> None:
 def count_frames(path: str) -> int:
     """The number of frames of a file. Decodes it only if the headers of its packets do not say."""
     found = scan(path)
-    return found.num_frames if found else sum(1 for _ in decode_all(path, Damage()))
+    return found.num_frames if found else count_decoded(path)
+
+
+def count_decoded(path: str) -> int:
+    """The number of frames of a file that can be decoded."""
+    return sum(1 for _ in decode_all(path, Damage()))
+
+
+def shown_times(path: str, first: int, num_frames: int) -> list[int] | None:
+    """Return the times at which the frames of a segment are shown; None if the headers of the packets do not say."""
+    times = []
+    try:
+        with described_packets(path) as (_, packets):
+            for packet, _ in packets:
+                if packet.pts is None:
+                    return None
+                if not packet.is_discard:
+                    times.append(packet.pts)
+    except Undescribed:
+        return None
+    return sorted(times)[first : first + num_frames] or None
 
 
 def scan(path: str) -> Scan | None:

@@ -19,6 +19,8 @@ from datasets.resample import Resample, Table, bicubic, bilinear, resized_twice
 
 # Protocol -> probability that a training clip is converted to grayscale.
 GRAY_SHARE = {"kinetics": 0.2, "something": 0.0}
+# Number of test crops -> place of the centre crop among them, in the order of `crop_corners`.
+CENTRE_CROP = {1: 0, 3: 2, 5: 4, 10: 4}
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,10 @@ def normalize_clips(clips: torch.Tensor, mean: tuple[float, ...], std: tuple[flo
     Returns:
         float32 (B, T, 3, H, W), on the device of `clips`.
     """
-    return clips.float().div_(255).sub_(_per_channel(mean, clips.device)).div_(_per_channel(std, clips.device))
+    return clips.float().div_(255).sub_(per_channel(mean, clips.device)).div_(per_channel(std, clips.device))
 
 
 @functools.cache  # copying the constants to a GPU in every step would synchronise it
-def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Three values as float32 (3, 1, 1) on the device."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)

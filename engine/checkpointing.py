@@ -4,7 +4,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from dotmap import DotMap
 
 from datasets.loaders import VideoLoader
 from engine.reporter import Reporter
-from engine.run_folder import LAST, save_best, save_last
+from engine.run_folder import BEST_EMA, LAST, save_best, save_last
+from modules.checkpoint import averaged_state
 from utils.distributed import Agreement, gather, get_rank
 from utils.errors import UserError
 from utils.signals import Stopped, StopSignals
+
+PARTS = ("trained", "ema", "optimizer", "scaler")  # of a checkpoint, that training changes
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +36,21 @@ class BackgroundWriter:
         self._folder, self._keep = folder, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._unwritten_best: dict[str, Any] | None = None
+        self._unwritten_best: dict[str, dict[str, Any]] = {}  # file name -> content
         self._copied: dict[str, Any] = {}
 
-    def write(self, state: dict[str, Any], is_best: bool) -> None:
-        """Copy the tensors that change, and write them in the background. Waits for the write before this one."""
+    def write(self, state: dict[str, Any], best_files: Collection[str] = ()) -> None:
+        """Copy the tensors that change, and write them in the background. Waits for the write before this one.
+
+        Args:
+            best_files: BEST and BEST_EMA, where this state is the best.
+        """
         self.wait()
         # Fresh memory costs more than the copy, so the tensors of the last copy are filled again, unless it is kept.
-        old = {} if self._unwritten_best is not None else self._copied
-        self._copied = {part: to_cpu_copy(state[part], old.get(part)) for part in ("trained", "optimizer", "scaler")}
+        old = {} if self._unwritten_best else self._copied
+        self._copied = {part: to_cpu_copy(state[part], old.get(part)) for part in PARTS if part in state}
         copied = {**state, **self._copied}
-        self._thread = threading.Thread(target=self._write, args=(copied, is_best), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(copied, tuple(best_files)), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -64,13 +71,13 @@ class BackgroundWriter:
         if self._error is not None:
             raise UserError(f"{self._folder}: the last checkpoint could not be written: {_reason(self._error)}")
 
-    def _write(self, state: dict[str, Any], is_best: bool) -> None:
+    def _write(self, state: dict[str, Any], best_files: tuple[str, ...]) -> None:
         try:
-            if is_best:
-                self._unwritten_best = state
-            if self._unwritten_best is not None:
-                save_best(self._folder, self._unwritten_best)
-                self._unwritten_best = None
+            for name in best_files:
+                self._unwritten_best[name] = averaged_state(state) if name == BEST_EMA else state
+            for name in list(self._unwritten_best):
+                save_best(self._folder / name, self._unwritten_best[name])
+                del self._unwritten_best[name]
             save_last(self._folder, state, self._keep)
             self._error = None
         except OSError as error:
@@ -110,7 +117,7 @@ class Saver:
         self._folder, self._seconds = folder, None if minutes is None else 60 * minutes
         self._state, self._reporter, self._loader = state, reporter, loader
         self._writer = BackgroundWriter(folder, config.logging.keep)
-        self._agreement, self._signals = Agreement(), StopSignals()
+        self._agreement, self._signals = Agreement(config.solver.timeout_minutes), StopSignals()
         self._saved = time.monotonic()
 
     def __enter__(self) -> "Saver":
@@ -137,12 +144,12 @@ class Saver:
             # This epoch's last update is behind us: what all processes wish now is known at once.
             self._act(self._agreement.largest(0), epoch, len(self._loader))
 
-    def save(self, epoch: int, step: int = 0, is_best: bool = False) -> None:
+    def save(self, epoch: int, step: int = 0, best_files: Collection[str] = ()) -> None:
         """Write a checkpoint in the background. All processes must call it together."""
         reports = [{**self._reporter.state_dict(), **self._loader.met()}] if step else []
         reports = gather(reports)
         if get_rank() == 0:
-            self._writer.write(self._state(epoch, step, reports), is_best)
+            self._writer.write(self._state(epoch, step, reports), best_files)
         self._saved = time.monotonic()
 
     def _wish(self) -> int:

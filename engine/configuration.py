@@ -1,6 +1,7 @@
 """The resolved configuration of a file or of a checkpoint: open values are derived once, right after loading."""
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from dotmap import DotMap
 
 from datasets.sampling import protocol_of
 from datasets.transforms import protocol_resize
+from engine.sinks import NO_WANDB
 from modules.backbones import find_architecture, stated_pixels
 from modules.checkpoint import is_released
+from modules.pretrained import find_weight_file
 from utils.config import Purpose, config_from_dict, load_config, resize_problem
 from utils.config_schema import FIELDS, SECTIONS
+from utils.distributed import device_type
 from utils.errors import ConfigError
 from utils.precision import resolve_precision
 
@@ -49,9 +53,40 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
-    """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`."""
-    return resolve_config(load_config(path, overrides, purpose))
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train", complete: bool = False
+) -> DotMap:
+    """The resolved configuration of one run; arguments and errors as of `load_config` and `resolve_config`.
+
+    Args:
+        complete: everything that a training needs must be there, not only its data.
+    """
+    return resolve_config(load_config(path, overrides, purpose, missing_parts if complete else None))
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported here."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is hidden from imports
+        return False
+
+
+def missing_parts(values: dict[str, Any]) -> list[str]:
+    """What a training needs beside lists and roots and does not find: the tower's weights, the package of a sink.
+
+    With a checkpoint to start from, weights are not missing: it may hold the tower.
+    """
+    missing = []
+    if values["logging.wandb"] is not None and not installed("wandb"):
+        missing.append(NO_WANDB)
+    needs_weights = values["network.init"] and values["network.weights"] is None
+    if needs_weights and values["resume"] is None and values["pretrain"] is None:
+        try:
+            find_weight_file(find_architecture(values["network.arch"]), values["network.arch"], None)
+        except ConfigError as error:
+            missing.append(error.line)
+    return missing
 
 
 def config_of_checkpoint(
@@ -180,7 +215,7 @@ def default_config(**changes: Any) -> DotMap:
 
 def _automatic_dtype(precision: str, device: torch.device | None) -> str:
     """The type of `solver.precision` on a GPU, float32 on a CPU."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device(device_type())
     if device.type != "cuda":
         return "float32"
     return str(resolve_precision(precision, device).dtype).removeprefix("torch.")

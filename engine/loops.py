@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -9,23 +10,28 @@ import numpy as np
 import torch
 from dotmap import DotMap
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datasets.annotations import UNLABELLED
 from datasets.batch_augment import BatchAugment
 from datasets.loaders import VideoLoader
 from datasets.transforms import normalize_clips
 from datasets.video_dataset import VideoDataset
+from engine.averaging import AveragedWeights
 from engine.class_weights import class_weights, weighted_targets
+from engine.device_copy import DeviceCopy
 from engine.optim import lr_factor, set_learning_rate
 from engine.reporter import Reporter
 from engine.scores import PartialScores
+from engine.view_details import VideoDetails
 from modules.side4video import Side4Video
 from utils.distributed import all_reduce, gather, get_rank, get_world_size
 from utils.errors import DataError, UserError
 from utils.launch import report_progress
 from utils.precision import Precision
 from utils.seeding import seed_everything
+from utils.terminal import living_line
+
+EVALUATION_LOGGED = 60.0  # seconds between lines about a long evaluation
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +51,7 @@ def train_one_epoch(
     reporter: Reporter | None = None,
     start: int = 0,
     after_update: Callable[[int], None] = lambda step: None,
+    average: AveragedWeights | None = None,
 ) -> float:
     """Train for one epoch and return the mean loss over its last reported stretch.
 
@@ -59,6 +66,7 @@ def train_one_epoch(
             is left over at the end.
         reporter: that of the run; None makes one for this epoch alone.
         start: iterations of the epoch that are done already; the loader's sampler starts behind their videos.
+        average: takes in the weights after each update.
         after_update: called after each update of the weights with the number of iterations done.
 
     Raises:
@@ -67,6 +75,7 @@ def train_one_epoch(
     data, solver, accumulation = config.data, config.solver, config.solver.grad_accumulation_steps
     augment = BatchAugment(data.num_classes, solver.smoothing, data.rand_erase, solver.mixup, precision.device)
     weights = class_weights(config, loader, precision.device)
+    to_device = DeviceCopy(precision.device)
     reporter = reporter or Reporter(config, precision.device)
     reporter.start_epoch(epoch, len(loader), start)
     model.train()
@@ -75,11 +84,11 @@ def train_one_epoch(
         with reporter.phase("data"):
             batch = next(batches)
         with reporter.phase("copy"):
-            clips = batch["clips"].to(precision.device, non_blocking=True)
-            labels = batch["labels"].to(precision.device, non_blocking=True)
+            clips, labels = to_device(batch["clips"]), to_device(batch["labels"])
         with reporter.phase("compute"):
             set_learning_rate(optimizer, lr_factor(epoch + iteration / len(loader), solver))
             clips, targets = training_input(clips, labels, augment, config, epoch, iteration)
+            reporter.batch(clips, targets)
             if weights is not None:
                 targets = weighted_targets(targets, weights, solver.smoothing)
             update = (iteration + 1) % accumulation == 0
@@ -89,16 +98,24 @@ def train_one_epoch(
                 loss = nn.functional.cross_entropy(logits.float(), targets)
                 scaler.scale(loss / accumulation).backward()
             if update:
-                if solver.clip_grad is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.trained.parameters(), solver.clip_grad)
+                scaler.unscale_(optimizer)
+                reporter.update(clip_gradients(model.trained, solver.clip_grad))
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.update(model.trained)
         reporter.step(iteration, loss, optimizer.param_groups[0]["lr"])
         if update:
             after_update(iteration + 1)
     return reporter.mean_loss
+
+
+def clip_gradients(module: nn.Module, largest: float | None) -> Tensor:
+    """Scale the gradients down to the norm `largest`, if any; returns their norm before that, on the device."""
+    if largest is not None:
+        return nn.utils.clip_grad_norm_(module.parameters(), largest)
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def training_input(
@@ -128,6 +145,7 @@ def evaluate(
     precision: Precision,
     config: DotMap,
     partial: PartialScores | None = None,
+    details: VideoDetails | None = None,
 ) -> np.ndarray:
     """Mean over views of softmax(logits), for every video of the list.
 
@@ -138,6 +156,7 @@ def evaluate(
         loader: of `build_eval_loader`; `test.view_batch` of its views go through the model at once.
         partial: keeps scores on the disk while the evaluation runs. Those that it has already are taken from there;
             the loader leaves these videos out.
+        details: filled with what is known of each video beside its scores.
 
     Returns:
         float32 (videos, K), in list order, on every process. A video that could not be read has NaNs, and a line in
@@ -152,18 +171,25 @@ def evaluate(
     scores = torch.zeros(num_videos, num_classes, device=precision.device)
     counted = torch.zeros(num_videos, device=precision.device)
     for index, row in partial.done.items() if partial and get_rank() == 0 else ():
-        scores[index] = torch.from_numpy(row)
+        scores[index] = torch.from_numpy(row["scores"])
         counted[index] += 1
-    total, quiet = math.ceil(num_videos / get_world_size()), None if get_rank() == 0 else True
-    with tqdm(total=total, unit="video", disable=quiet) as progress:
+        if details:
+            details.restore(index, row)
+    total, done, said = math.ceil(num_videos / get_world_size()), 0, time.monotonic()
+    with living_line(total, "evaluation: video", show=get_rank() == 0) as line:
         for batch, logits in view_outputs(model, loader, precision, config):
             indices = batch["indices"].to(precision.device, non_blocking=True)
             scores[indices] = view_scores(logits)
             counted[indices] += 1
+            rows = details.add(batch, [view_scores(logits[:, list(s.views)]) for s in details.sets]) if details else {}
             if partial:
-                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged))
-            progress.update(len(indices))
-            report_progress(f"evaluation, {progress.n} videos done")
+                partial.add(batch["indices"].tolist(), scores[indices].cpu().numpy(), dict(loader.damaged), rows)
+            done += len(indices)
+            line.update(len(indices))
+            report_progress(f"evaluation, {done} videos done")
+            if line.disable and time.monotonic() - said > EVALUATION_LOGGED:
+                said = time.monotonic()
+                log.info("evaluation: %d of %d videos of process %d done", done, total, get_rank())
 
     for index, _ in loader.unreadable:
         scores[index] = math.nan
@@ -174,6 +200,8 @@ def evaluate(
     loader.unreadable = unreadable = sorted(gather(loader.unreadable))
     done_before = list(partial.damaged.items()) if partial else []
     loader.damaged = sorted({*map(tuple, gather(loader.damaged)), *done_before})
+    if details:
+        details.finish(unreadable, loader.damaged, precision.device)
     refuse_non_finite(scores, {index for index, _ in unreadable}, loader.dataset)
     if len(unreadable) == num_videos:
         raise DataError(f"none of the {num_videos} videos can be read; the first: {unreadable[0][1]}")
@@ -218,12 +246,12 @@ def view_outputs(
         read is left out; `loader.unreadable` says why.
     """
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    forward = forward or model
+    forward, to_device = forward or model, DeviceCopy(precision.device)
     model.eval()
 
     def outputs_of(views: Tensor) -> Tensor:
         """uint8 (views, T, 3, H, W) -> (views, ...)."""
-        clips = views.to(precision.device, non_blocking=True)
+        clips = to_device(views)
         any_process_works(model, precision.device, working=True)
         with precision.autocast():
             return forward(normalize_clips(clips, mean, std))

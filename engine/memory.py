@@ -1,41 +1,120 @@
-"""What to change when a GPU has too little memory."""
+"""Memory of the device: what was planned, what it came to, and what to change when it is too little."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from dotmap import DotMap
 
+from engine.optim import update_videos
+from engine.plan import choose_batch, largest_fitting, rehearsing, usable
+from utils.distributed import get_world_size
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class DeviceMemoryError(UserError):
     """The device has too little memory for a batch."""
 
 
+def planned_training_peak(config: DotMap) -> int:
+    """Bytes of one process at the peak of a training step on a GPU, as the plan counts them."""
+    with rehearsing(config) as rehearsal:
+        memory = rehearsal.train(config.data.batch_size, config.solver.recompute)
+    return memory.process_peak(config, get_world_size())
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+class PeakReport:
+    """Logs the planned peak of training before it starts on a GPU, and the real one after the first epoch."""
+
+    def __init__(self, config: DotMap, device: torch.device):
+        self._device, self._planned = device, 0
+        self._is_due = device.type == "cuda"
+        if self._is_due:
+            self._planned = planned_training_peak(config)
+            room = usable(total_memory(device))
+            log.info(
+                f"memory: planned peak {_gib(self._planned)} of a training step, on a GPU with {_gib(room)} for tensors"
+                + ("" if self._planned <= room else "; it does not fit: tools/plan.py says what does")
+            )
+
+    def epoch_done(self) -> None:
+        """Log the real peak of the allocator, once."""
+        if self._is_due:
+            peak = torch.cuda.max_memory_allocated(self._device)
+            log.info(
+                f"memory: real peak {_gib(peak)}, planned {_gib(self._planned)} ({self._planned / peak:.2f} of it), "
+                f"{_gib(torch.cuda.max_memory_reserved(self._device))} reserved"
+            )
+            self._is_due = False
+
+
 @contextmanager
 def explaining_memory(config: DotMap, device: torch.device, training: bool) -> Iterator[None]:
-    """Turn torch's OutOfMemoryError into one line with the sizes that decide the memory, and what to change."""
+    """Turn torch's OutOfMemoryError into one line with the sizes that decide the memory, and what the plan says."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        data, solver = config.data, config.solver
-        peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+        data = config.data
+        peak = f", peak {_gib(torch.cuda.max_memory_allocated(device))}" if device.type == "cuda" else ""
+        room = usable(total_memory(device)) if device.type == "cuda" else None
         if not training:
             raise DeviceMemoryError(
-                f"{device}: out of memory with {config.test.view_batch} views at once{peak}; set "
-                f"test.view_batch={max(1, config.test.view_batch // 2)}"
+                f"{device}: out of memory with {config.test.view_batch} views at once{peak}; "
+                f"{advise_views(config, room)}"
             ) from error
-        advice = [] if solver.recompute else ["solver.recompute=True keeps a seventh"]
-        if data.batch_size > 1:
-            half, twice = data.batch_size // 2, 2 * solver.grad_accumulation_steps
-            advice.append(
-                f"data.batch_size={half} solver.grad_accumulation_steps={twice} keeps the effective batch"
-                if data.batch_size % 2 == 0
-                else f"data.batch_size={half} is smaller"
-            )
-        advice.append("network.backbone_dtype=bfloat16 halves the tower")
         raise DeviceMemoryError(
             f"{device}: out of memory with {data.batch_size} videos of {data.num_sample} clip(s) and "
-            f"{data.num_segments} frames{peak}; {', or '.join(advice)}"
+            f"{data.num_segments} frames{peak}; {advise_batch(config, room)}"
         ) from error
+
+
+def advise_batch(config: DotMap, room: int | None) -> str:
+    """What to set so that training fits and each update sees as many videos as now.
+
+    Args:
+        room: bytes for tensors, of `engine.plan.usable`; None if they are not known, as on a CPU.
+    """
+    data, solver, world = config.data, config.solver, get_world_size()
+    total = update_videos(config, world)
+    # With recomputation, the present batch has just failed, whatever the plan says: something else is on the card.
+    most = data.batch_size // 2 if solver.recompute else data.batch_size
+    if room is not None:
+        with rehearsing(config) as rehearsal:
+            planned = largest_fitting(
+                lambda batch: rehearsal.train(batch, recompute=True).process_peak(config, world), room, data.batch_size
+            )
+        most = min(planned, data.batch_size - 1 if solver.recompute else data.batch_size)
+    choice = choose_batch(config, world, total, {True: most, False: 0})
+    if choice is None:
+        return (
+            "no smaller batch keeps the videos of an update; network.backbone_dtype=bfloat16 halves a float32 tower, "
+            "and network.shard_backbone=True splits the tower over processes"
+        )
+    _, batch, accumulation = choice
+    recompute = "" if solver.recompute else "solver.recompute=True "
+    return (
+        f"set {recompute}data.batch_size={batch} solver.grad_accumulation_steps={accumulation}, which keeps {total} "
+        "videos an update"
+    )
+
+
+def advise_views(config: DotMap, room: int | None) -> str:
+    """What to set so that a test fits; `room` as of `advise_batch`."""
+    half = max(1, config.test.view_batch // 2)
+    if room is None:
+        return f"set test.view_batch={half}"
+    with rehearsing(config) as rehearsal:
+        fitting = largest_fitting(rehearsal.test, room, half)
+    return f"set test.view_batch={max(1, min(fitting, half))}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

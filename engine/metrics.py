@@ -22,3 +22,18 @@ def class_accuracy(scores: np.ndarray, labels: np.ndarray) -> dict[int, float]:
     of_class = {label: labels == label for label in np.unique(labels).tolist()}
     accuracies = {label: topk_accuracy(scores[videos], labels[videos], 1) for label, videos in of_class.items()}
     return dict(sorted(accuracies.items(), key=lambda item: item[1]))
+
+
+def validation_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """`top1`, `top5` (None with five classes or fewer), `mean_class` in percent, and `loss`, the mean cross entropy.
+
+    Arguments as of `topk_accuracy`; scores are probabilities. The loss leaves out videos with a NaN.
+    """
+    of_label = scores[np.arange(len(labels)), labels].astype(np.float64)
+    of_classes = list(class_accuracy(scores, labels).values())
+    return {
+        "top1": topk_accuracy(scores, labels, 1),
+        "top5": topk_accuracy(scores, labels, 5) if scores.shape[1] > 5 else None,
+        "mean_class": sum(of_classes) / len(of_classes),
+        "loss": float(-np.log(np.maximum(of_label[~np.isnan(of_label)], np.finfo(np.float32).tiny)).mean()),
+    }

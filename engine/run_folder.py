@@ -4,6 +4,11 @@
     train.log           the log; a resumed run appends to it
     last_model.pt       the newest checkpoint; last_model_1.pt is the one before, and so on up to `logging.keep` files
     model_best.pt       the checkpoint of the best validation top-1
+    model_best_ema.pt   with `solver.ema`: the averaged copy of its own best validation top-1, without an optimizer
+    metrics.jsonl       the numbers of the log, one JSON object a line (engine/reporter.py); it holds no row twice
+    tensorboard/        the same as TensorBoard's event files, made anew from metrics.jsonl at each start
+    first_batch.png     clips of the first batch as they enter the model
+    wandb/              with `logging.wandb`: the files of that package; wandb_id.txt names the run to go on with
 
 The best checkpoint is written before the newest one, so a run that is killed between the two evaluates that epoch again
 and writes the same best checkpoint once more.
@@ -24,13 +29,14 @@ from typing import Any
 import yaml
 from dotmap import DotMap
 
+from engine.metrics_file import METRICS, keep_rows
 from engine.training_state import Progress, percent
 from modules.checkpoint import read_checkpoint, save_checkpoint
 from utils.atomic import write_atomically
 from utils.distributed import from_first, get_rank
 from utils.errors import CheckpointError, ConfigError
 
-LAST, BEST = "last_model.pt", "model_best.pt"
+LAST, BEST, BEST_EMA = "last_model.pt", "model_best.pt", "model_best_ema.pt"
 CONFIG, LOG = "config.yaml", "train.log"
 AUTO = "auto"
 
@@ -65,7 +71,9 @@ class RunFolder:
             with _output_errors(self.path), tempfile.TemporaryFile(dir=self.path):
                 pass  # the folder can be written to
             self._refuse_another_run(config)
-            for unfinished in (*self.path.glob(f".{LAST[:-3]}*"), *self.path.glob(f".{BEST[:-3]}*")):
+            for unfinished in [
+                path for name in (LAST, BEST, METRICS) for path in self.path.glob(f".{Path(name).stem}*")
+            ]:
                 unfinished.unlink()  # of a run that was killed while it wrote
         except BaseException:
             self._remove_empty()
@@ -81,17 +89,28 @@ class RunFolder:
             self._remove_empty()
         os.close(self._lock)
 
-    def begin(self, config: DotMap, size: int) -> None:
+    def begin(
+        self, config: DotMap, size: int, source: Path | None = None, checkpoint: dict[str, Any] | None = None
+    ) -> None:
         """The start is over: write the configuration, and keep the folder from now on.
+
+        Rows of metrics beyond the checkpoint that the run goes on from are removed. If it is in another folder, the
+        rows of that folder are taken over.
 
         Args:
             size: bytes of a checkpoint.
+            source, checkpoint: file and content of the one that a resumed run goes on from.
 
         Raises:
             ConfigError: the disk has no room for the checkpoints that the folder will hold.
         """
-        files = 2 + config.logging.keep  # the newest ones, the best one, and the one that is being written
-        there = sum(path.stat().st_size for path in [*checkpoints(self.path), self.path / BEST] if path.exists())
+        best = [BEST] if config.solver.ema is None else [BEST, BEST_EMA]
+        files = len(best) + config.logging.keep + 1  # the best ones, the newest ones, the one that is being written
+        there = sum(
+            path.stat().st_size
+            for path in [*checkpoints(self.path), *(self.path / name for name in best)]
+            if path.exists()
+        )
         free = shutil.disk_usage(self.path).free
         if free < files * size - there:
             raise ConfigError(
@@ -100,27 +119,36 @@ class RunFolder:
             )
         text = yaml.safe_dump(config.toDict(), sort_keys=False)
         write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
+        place = (0, 0) if checkpoint is None else (checkpoint["epoch"], checkpoint.get("step", 0))
+        folder = self.path if source is None or source.parent.resolve() == self.path.resolve() else source.parent
+        keep_rows(folder / METRICS, self.path / METRICS, *place)
         self._begun = True
 
     def carry_best(self, source: Path, progress: Progress) -> None:
-        """Make `model_best.pt` and `progress.best` agree after a resume from `source`.
+        """Make the best models and `progress` agree after a resume from `source`, on all processes."""
+        progress.best = self._carry(source, BEST, progress.best)
+        progress.best_ema = self._carry(source, BEST_EMA, progress.best_ema)
+        from_first((progress.best, progress.best_ema))
+
+    def _carry(self, source: Path, name: str, stated: float | None) -> float | None:
+        """Bring a best model along; returns the accuracy that counts from now on.
 
         The best model is copied from the folder of `source` if the run goes on in another one. If the file that is
         there is not the best that the checkpoint speaks of, it is made from `source` where that is the best, or the
         accuracy that counts from now on is that of the file.
         """
-        there = source.parent / BEST
+        there = source.parent / name
         best = read_checkpoint(there)["best_accuracy"] if there.is_file() else None
-        if progress.best is not None and (best is None or best < progress.best):
+        if stated is not None and (best is None or best < stated):
             log.warning(
-                f"resume: the best top-1 of {source} is {percent(progress.best)}, but {there} has "
+                f"resume: the best top-1 of {source} is {percent(stated)}, but {there} has "
                 f"{'no model' if best is None else percent(best)}: that model is lost; the best is {percent(best)} now"
             )
-            progress.best = best
-        from_first(progress.best)
-        if best is not None and there.resolve() != (self.path / BEST).resolve():
+            stated = best
+        if best is not None and there.resolve() != (self.path / name).resolve():
             with open(there, "rb") as file:
-                write_atomically(self.path / BEST, lambda copy: shutil.copyfileobj(file, copy))
+                write_atomically(self.path / name, lambda copy: shutil.copyfileobj(file, copy))
+        return stated
 
     def _make(self, path: Path) -> Path:
         with _output_errors(path):
@@ -168,11 +196,13 @@ class FollowedFolder:
 
     path: Path
 
-    def begin(self, config: DotMap, size: int) -> None:
+    def begin(
+        self, config: DotMap, size: int, source: Path | None = None, checkpoint: dict[str, Any] | None = None
+    ) -> None:
         pass
 
     def carry_best(self, source: Path, progress: Progress) -> None:
-        progress.best = from_first(None)
+        progress.best, progress.best_ema = from_first(None)
 
 
 @contextmanager
@@ -253,9 +283,9 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def save_best(folder: Path, state: dict[str, Any]) -> None:
-    """Write the best checkpoint. Call it before `save_last` of the same state."""
-    save_checkpoint(folder / BEST, state)
+def save_best(path: Path, state: dict[str, Any]) -> None:
+    """Write a best checkpoint. Call it before `save_last` of the same state."""
+    save_checkpoint(path, state)
 
 
 def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:

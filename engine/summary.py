@@ -2,9 +2,12 @@
 
 import platform
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from dotmap import DotMap
@@ -14,18 +17,26 @@ from datasets.flips import describe_flips
 from datasets.loaders import VideoLoader
 from datasets.video_dataset import TrainVideoDataset
 from engine.class_weights import describe_balance
+from engine.optim import scaled_lr
+from modules.backbones import FrozenTower
 from modules.side4video import Side4Video
+from modules.side_network import HEAD_WIDTH
 from utils.distributed import get_world_size
-from utils.precision import Precision
+from utils.precision import Precision, attention_kernel, describe_switches
 from utils.version import VERSION
 
 PAPER_GPUS = 8
 
 
 def describe_run(
-    config: DotMap, model: Side4Video, train_loader: VideoLoader, val_loader: VideoLoader, precision: Precision
+    config: DotMap,
+    model: Side4Video,
+    train_loader: VideoLoader,
+    val_loader: VideoLoader,
+    precision: Precision,
+    folder: Path,
 ) -> list[str]:
-    """Versions, commit, seed, model, data, batch and number of steps of a training."""
+    """The plan of a training in under 30 lines: versions, seed, model, data, batch, steps, evaluations, files."""
     data, solver, world = config.data, config.solver, get_world_size()
     accumulated = solver.grad_accumulation_steps
     dataset = train_loader.dataset
@@ -43,11 +54,47 @@ def describe_run(
         *describe_balance(config, dataset),
         f"effective batch: {data.batch_size} videos x {world} process(es) x {accumulated} accumulated = "
         f"{batch * world}, {data.num_sample} clip(s) of each; on the paper's {PAPER_GPUS} GPUs {batch * PAPER_GPUS}, "
-        f"and solver.lr {solver.lr:g} is not rescaled",
+        f"and solver.lr {solver.lr:g} {_scaling(config, world)}",
         *_traffic(model, accumulated, solver.sync_bn),
         f"steps: {steps} updates an epoch, {steps * solver.epochs} in {solver.epochs} epochs, "
         f"{solver.type} after {solver.lr_warmup_step} epochs of warm-up",
+        *_checks(config, steps),
+        f"files: {folder}: checkpoints each epoch"
+        f"{f' and every {config.logging.save_minutes:g} minutes' if config.logging.save_minutes else ''}, the newest "
+        f"{config.logging.keep} and the best stay; numbers in metrics.jsonl; curves: tensorboard --logdir {folder}",
+        f"products: {describe_switches()}; attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
+        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}",
     ]
+
+
+def _checks(config: DotMap, steps: int) -> list[str]:
+    """When the training is evaluated, what is called best, and what ends it."""
+    solver, logging = config.solver, config.logging
+    skipped = f", not epochs {', '.join(map(str, logging.skip_epoch))}" if logging.skip_epoch else ""
+    ends = f"; {solver.patience} epochs without a better one end the training" if solver.patience else ""
+    lines = [f"validation: every {logging.eval_freq} epoch(s){skipped}, one view; the best top-1 is kept{ends}"]
+    if solver.ema is not None:
+        reach = 1 / (1 - solver.ema)
+        made = steps * solver.epochs
+        late = f"; only {made} are made, so it stays near the start" if reach > made else ""
+        lines.append(
+            f"average: of about the last {reach:.0f} updates{late}; evaluated beside the weights, its best is "
+            "model_best_ema.pt"
+        )
+    return lines
+
+
+def _scaling(config: DotMap, world: int) -> str:
+    if config.solver.lr_scale == "none":
+        return "is not rescaled"
+    return f"becomes {scaled_lr(config, world):g}, as it is meant for {config.solver.lr_batch} videos an update"
+
+
+def _attention(tower: FrozenTower, dtype: torch.dtype, head_width: int | None = None) -> str:
+    """The kernel that PyTorch chooses for attention in a frame, with the head width of the tower unless given."""
+    attention: Any = tower.vit.blocks[0].attn
+    device, width = next(tower.parameters()).device, head_width or tower.width // attention.num_heads
+    return attention_kernel(device, dtype, width, 1 + tower.num_patches)
 
 
 def _traffic(model: Side4Video, accumulated: int, sync_bn: bool) -> list[str]:
@@ -75,6 +122,18 @@ def describe_model(config: DotMap, model: Side4Video) -> list[str]:
     if decoder := describe_decoder(config.data):
         lines.append(f"video files: decoded by {decoder}")
     return lines
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Versions, commit and device of this run, and the time, for a report."""
+    return {
+        "Side4Video": f"{VERSION}, commit {git_commit()}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
+        f"NumPy {np.__version__}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "processes": str(get_world_size()),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
 def git_commit() -> str:

@@ -13,8 +13,10 @@ import torch
 from dotmap import DotMap
 
 from datasets.loaders import VideoLoader
+from engine.averaging import AveragedWeights
 from engine.class_names import class_order, names_differ
 from engine.configuration import DERIVED_KEYS
+from engine.optim import load_optimizer
 from engine.reporter import Reporter
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
@@ -30,6 +32,7 @@ NEUTRAL_KEYS = {
     *("data.num_classes", "data.label_list"),  # the checkpoint's head and names are compared with these
     *("data.image_tmpl", "data.index_base", "data.on_error", "data.on_damage", "network.weights"),
     *("solver.timeout_minutes", "network.shard_backbone", "test.view_batch", "test.remap_labels"),
+    *("solver.patience", "logging.wandb"),
     *("logging.print_freq", "logging.eval_freq", "logging.skip_epoch", "logging.save_minutes", "logging.keep"),
 }
 
@@ -80,11 +83,47 @@ class Progress:
     epoch: epochs finished
     step: iterations of the next epoch that are done too
     best: best validation top-1 in percent, None before the first
+    best_ema: the same of the averaged copy of `solver.ema`
+    improved: the last epoch, counted from 0, whose validation was better than all before, by either; None before it
     """
 
     epoch: int = 0
     step: int = 0
     best: float | None = None
+    best_ema: float | None = None
+    improved: int | None = None
+
+    def take(self, epoch: int, top1: float, averaged: bool = False) -> bool:
+        """Take in a validation of an epoch; returns whether it is the best so far of its kind."""
+        name = "best_ema" if averaged else "best"
+        better = getattr(self, name) is None or top1 > getattr(self, name)
+        if better:
+            setattr(self, name, top1)
+            self.improved = epoch
+        return better
+
+
+def finished(epoch: int, improved: int | None, config: DotMap) -> str | None:
+    """Why a training ends after so many finished epochs, in words for the log; None if it goes on.
+
+    Args:
+        improved: of `Progress`.
+    """
+    patience = config.solver.patience
+    if epoch >= config.solver.epochs:
+        return f"epoch {epoch} of {config.solver.epochs}; raise solver.epochs to go on"
+    if patience is None or improved is None or epoch == 0 or not is_evaluated(epoch - 1, config):
+        return None
+    waited = epoch - 1 - improved
+    if waited < patience:
+        return None
+    return f"no better validation in {waited} epochs since epoch {improved}; raise solver.patience to go on"
+
+
+def is_evaluated(epoch: int, config: DotMap) -> bool:
+    """Every `eval_freq` epochs and after the last one, but never an epoch of `skip_epoch`."""
+    due = (epoch + 1) % config.logging.eval_freq == 0 or epoch + 1 == config.solver.epochs
+    return due and epoch not in config.logging.skip_epoch
 
 
 def refuse_changes(checkpoint: dict[str, Any], source: str | Path, config: DotMap, allow: bool) -> None:
@@ -156,8 +195,9 @@ def restore_training(
     reporter: Reporter,
     loader: VideoLoader,
     config: DotMap,
+    average: AveragedWeights | None = None,
 ) -> Progress:
-    """Restore optimizer, scaler, and what reporter and loader have to say of the epoch so far.
+    """Restore optimizer, scaler, average, and what reporter and loader have to say of the epoch so far.
 
     Learning rates and weight decay stay those of `config`.
 
@@ -165,8 +205,7 @@ def restore_training(
         CheckpointError: the optimizer's state does not fit the model.
     """
     refuse_other_shapes(checkpoint["optimizer"], optimizer, source)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    load_optimizer(optimizer, checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     old_accumulation = checkpoint["config"]["solver"]["grad_accumulation_steps"]
     updates = checkpoint.get("step", 0) // old_accumulation
@@ -174,7 +213,12 @@ def restore_training(
         epoch=checkpoint["epoch"],
         step=updates * config.solver.grad_accumulation_steps,
         best=checkpoint["best_accuracy"],
+        best_ema=checkpoint.get("best_accuracy_ema"),
+        improved=improved_epoch(checkpoint),
     )
+    if average is not None and (averaged := checkpoint.get("ema")) is not None:
+        refuse_other_average(averaged, average, source)
+        average.load_state_dict(averaged)
     if progress.step:
         states = checkpoint["progress"]
         if len(states) == get_world_size():
@@ -191,6 +235,20 @@ def restore_training(
         percent(progress.best),
     )
     return progress
+
+
+def improved_epoch(checkpoint: dict[str, Any]) -> int | None:
+    """`improved` of a checkpoint. Older files do not state it; their patience starts with the epoch before them."""
+    if "improved" in checkpoint:
+        return checkpoint["improved"]
+    return None if checkpoint["best_accuracy"] is None else checkpoint["epoch"] - 1
+
+
+def refuse_other_average(state: dict[str, Any], average: AveragedWeights, source: str | Path) -> None:
+    """Raise CheckpointError if the averaged copy of a checkpoint has other tensors than the model."""
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != {name: tensor.shape for name, tensor in average.state_dict().items()}:
+        raise CheckpointError(f"{source}: its entry ema is the average of another model")
 
 
 def refuse_other_shapes(state: dict[str, Any], optimizer: torch.optim.Optimizer, source: str | Path) -> None:

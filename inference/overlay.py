@@ -32,14 +32,26 @@ def write_overlay(path: Path, record: VideoRecord, data: DotMap, top: list[tuple
     Raises:
         DataError: the video cannot be read to its end, or the file cannot be written.
     """
-    frames, rate = all_frames(record, data), frame_rate(record.path)
+    pictures = (draw_classes(frame, top) for frame in all_frames(record, data))
+    write_mp4(path, pictures, frame_rate(record.path), f"the overlay of {record.path}")
+
+
+def write_mp4(path: Path, pictures: Iterator[Image.Image], rate: Fraction, what: str) -> None:
+    """Write pictures of even width and height as an mp4 file (H.264), atomically.
+
+    Args:
+        rate: pictures a second.
+        what: is written, for the error.
+
+    Raises:
+        DataError: the file cannot be written, or the pictures come from a video that cannot be read to its end.
+    """
 
     def write(file) -> None:
         with av.open(file, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=rate)
             stream.pix_fmt = "yuv420p"
-            for number, frame in enumerate(frames):
-                picture = draw_classes(frame, top)
+            for number, picture in enumerate(pictures):
                 if number == 0:
                     stream.width, stream.height = picture.size
                 elif picture.size != (stream.width, stream.height):  # a few files change it on the way
@@ -51,7 +63,7 @@ def write_overlay(path: Path, record: VideoRecord, data: DotMap, top: list[tuple
         write_atomically(path, write)
     except (OSError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: the overlay of {record.path} cannot be written: {reason}") from error
+        raise DataError(f"{path}: {what} cannot be written: {reason}") from error
 
 
 def draw_classes(frame: np.ndarray, top: list[tuple[str, float]]) -> Image.Image:

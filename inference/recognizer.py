@@ -22,8 +22,9 @@ from modules.checkpoint import read_checkpoint
 from modules.side4video import Side4Video
 from modules.tower_files import load_whole_model
 from utils.config import load_config
+from utils.distributed import device_type
 from utils.errors import CheckpointError, ConfigError, DataError
-from utils.precision import Precision, resolve_precision
+from utils.precision import Precision, prepare_precision
 
 CROPS = (1, 3, 5, 10)
 BEST = "model_best.pt"
@@ -111,7 +112,7 @@ class Recognizer:
         model = load_whole_model(settings, content, path, weights)
         model.place(chosen)
         names = class_names_of(content, settings)
-        return cls(model, settings, names, resolve_precision(settings.solver.precision, chosen))
+        return cls(model, settings, names, prepare_precision(settings.solver, chosen))
 
     def predict(self, path: str | Path, topk: int = 5, crops: int = 1, clips: int = 1) -> list[tuple[str, float]]:
         """(class name, score) of the `topk` highest scores of one video, the highest first; arguments of `scores`."""
@@ -274,7 +275,7 @@ def checkpoint_file(path: Path) -> Path:
 def choose_device(device: str | torch.device) -> torch.device:
     """Raises ConfigError for one that this machine has not."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(device_type())
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen)

@@ -142,8 +142,8 @@ class WindowStream(Iterator[Window]):
                 object; a folder of frames; or an iterable of frames, uint8 (H, W, 3), or of image files.
             window: seconds of a window.
             stride: seconds from one window to the next, a multiple of window / T; None is one grid frame.
-            live: frames come at their own pace and are dropped if they come too fast. None: addresses, devices, the
-                standard input and file objects are live. True for a file follows it while it grows.
+            live: frames come at their own pace, and are dropped if they come too fast. None: addresses and devices are
+                live; whoever writes into a pipe waits. True for a file follows it while it grows.
             rate: frames a second of a folder or an iterable.
             stall_seconds: a live source that gives no frame for so long has stalled.
             reopen: how often a live source that stalls or breaks is opened again.
@@ -249,7 +249,8 @@ class WindowStream(Iterator[Window]):
 
     def _as_they_come(self, frames: Iterator[GridFrame]) -> Generator[GridFrame]:
         """Grid frames of a live source, read in a thread: if they come too fast, the oldest are dropped and counted."""
-        arrived: queue.Queue[GridFrame | BaseException | None] = queue.Queue(self._num_frames)
+        # Room for a window and for the mark of the end.
+        arrived: queue.Queue[GridFrame | BaseException | None] = queue.Queue(self._num_frames + 1)
         stopped = threading.Event()
 
         def put(item: GridFrame | BaseException | None) -> None:
@@ -360,10 +361,9 @@ def holds_frames(path: str | Path) -> bool:
 
 
 def is_live(source: Source) -> bool:
-    """Whether frames come at their own pace: anything that is no file, folder or iterable."""
-    if isinstance(source, str | Path):
-        return source == STDIN or not (os.path.isfile(source) or holds_frames(source))
-    return hasattr(source, "read")
+    """Whether frames come at their own pace: those of an address or of a device."""
+    path = isinstance(source, str | Path) and source != STDIN
+    return path and not (os.path.isfile(str(source)) or holds_frames(str(source)))
 
 
 def name_of(source: Source) -> str:

@@ -16,15 +16,23 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8
 
 
 def draw_timeline(path: Path, windows: Sequence[Window], segments: list[dict[str, Any]], names: Sequence[str]) -> None:
-    """Write a PNG file atomically.
+    """Write the picture of `timeline_png` atomically.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    content = timeline_png(windows, segments, names)
+    with writing(path):
+        write_atomically(path, lambda file: file.write(content))
+
+
+def timeline_png(windows: Sequence[Window], segments: list[dict[str, Any]], names: Sequence[str]) -> bytes:
+    """The picture as the content of a PNG file.
 
     Args:
         windows: at least one, in order.
         segments: of `inference.stream.describe_segments`.
         names: K class names.
-
-    Raises:
-        DataError: the file cannot be written.
     """
     leading = list(dict.fromkeys(segment["name"] for segment in segments))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(leading)}
@@ -50,7 +58,7 @@ def draw_timeline(path: Path, windows: Sequence[Window], segments: list[dict[str
     for number in range(6):
         seconds = start + (end - start) * number / 5
         draw.line((x(seconds), bottom, x(seconds), bottom + 5), fill="#333333")
-        draw.text((x(seconds), bottom + 10), f"{seconds:.2f} s", fill="#333333", font=font, anchor="mt")
+        draw.text((x(seconds), bottom + 10), f"{seconds_text(seconds)} s", fill="#333333", font=font, anchor="mt")
     label_of = {name: label for label, name in reversed(list(enumerate(names)))}
     for number, name in enumerate(leading):
         points = [(x((w.start + w.end) / 2), y(float(w.scores[label_of[name]]))) for w in windows]
@@ -63,8 +71,12 @@ def draw_timeline(path: Path, windows: Sequence[Window], segments: list[dict[str
         draw.text((WIDTH - RIGHT + 40, top + 10), shortened(name), fill="#111111", font=font, anchor="lm")
     content = io.BytesIO()
     image.save(content, "PNG")
-    with writing(path):
-        write_atomically(path, lambda file: file.write(content.getvalue()))
+    return content.getvalue()
+
+
+def seconds_text(seconds: float) -> str:
+    """With two decimals, and no sign before a zero."""
+    return f"{round(seconds, 2) + 0.0:.2f}"
 
 
 def shortened(name: str, most: int = 28) -> str:

@@ -57,7 +57,7 @@ class ThreeTaps(torch.autograd.Function):
 
 
 def normalized(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension, without scale and shift, in the dtype of `x`; CUDA's autocast would widen it."""
+    """LayerNorm over the last dimension, without scale and shift, in the dtype of `x`; autocast could widen it."""
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, x.shape[-1:], eps=eps)
 
@@ -84,7 +84,7 @@ class FrozenLinear(torch.autograd.Function):
         """tokens (..., D), weight (S, D), bias (S), norm_weight and norm_bias (D) -> (..., S) of `compute_dtype`."""
         ctx.dtype, ctx.eps = compute_dtype(weight), eps
         ctx.save_for_backward(tokens, weight, norm_weight, norm_bias)
-        if norm_weight is None:
+        if norm_weight is None or norm_bias is None:
             x = tokens.to(ctx.dtype)
         else:
             x = FrozenLinear.normalized_tokens(tokens, ctx.dtype, eps)

@@ -15,7 +15,9 @@ A checkpoint of this project is a dict of tensors, numbers and strings, written 
     progress          for each process, the sums that the reports of that epoch continue with (engine/reporter.py)
     world_size        number of processes
     best_accuracy     best validation top-1 so far in percent; None before the first evaluation (-1.0 in older files)
-    trained_sha256, optimizer_sha256  hashes of the two state dicts, checked at load; absent in older files
+    ema               state dict of the averaged copy of `trained`; absent without `solver.ema`
+    best_accuracy_ema, improved  the best of the averaged copy; the last epoch with a better validation, or None
+    trained_sha256, ema_sha256, optimizer_sha256  hashes of these state dicts, checked at load; absent in older files
     config            the resolved configuration
     class_names       list of class names in label order, or None
     decoder           the decoder of video files with its version, or None for frame folders
@@ -85,6 +87,9 @@ def checkpoint_state(
     world_size: int = 1,
     best_accuracy: float | None = None,
     decoder: str | None = None,
+    ema: dict[str, Tensor] | None = None,
+    best_accuracy_ema: float | None = None,
+    improved: int | None = None,
     optimizer: dict[str, Any] | None = None,
     scaler: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def checkpoint_state(
         model_part: result of `model_state`.
         trained: state dict of the side network and the head.
         config: the resolved configuration as a plain dictionary.
+        ema: state dict of the averaged copy; None leaves the entry out.
         optimizer, scaler: state dicts. With None both entries are left out, and no run can resume from the file.
     """
     state = {
@@ -108,13 +114,23 @@ def checkpoint_state(
         "class_names": class_names,
         "decoder": decoder,
     }
-    return state if optimizer is None else {**state, "optimizer": optimizer, "scaler": scaler}
+    if ema is not None:
+        state |= {"ema": ema, "best_accuracy_ema": best_accuracy_ema}
+    return state if optimizer is None else {**state, "improved": improved, "optimizer": optimizer, "scaler": scaler}
 
 
-def checkpoint_bytes(model: Side4Video, model_part: dict[str, Any]) -> int:
-    """About the size of a checkpoint file of a training: weights, AdamW's two averages of each, the tower if held."""
+def averaged_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of the averaged copy alone: `trained` is the average, and no run can resume from it."""
+    left_out = ("ema", "best_accuracy_ema", "improved", "optimizer", "scaler")
+    kept = {key: value for key, value in state.items() if key not in left_out}
+    return {**kept, "trained": state["ema"], "best_accuracy": state["best_accuracy_ema"]}
+
+
+def checkpoint_bytes(model: Side4Video, model_part: dict[str, Any], averaged: bool = False) -> int:
+    """About the size of a checkpoint file of a training: weights, AdamW's two averages of each, the averaged copy and
+    the tower if they are held."""
     trained = sum(tensor.nbytes for tensor in model.trained.state_dict().values())
-    return 3 * trained + sum(tensor.nbytes for tensor in (model_part.get("tower") or {}).values())
+    return (4 if averaged else 3) * trained + sum(tensor.nbytes for tensor in (model_part.get("tower") or {}).values())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -124,8 +140,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def state_hashes(state: dict[str, Any]) -> dict[str, str]:
-    """`trained_sha256`, and `optimizer_sha256` if the state of an optimizer is there."""
-    hashes = {"trained_sha256": hash_tensors(state["trained"])}
+    """`trained_sha256`, and `ema_sha256` and `optimizer_sha256` if these are there."""
+    hashes = {f"{part}_sha256": hash_tensors(state[part]) for part in ("trained", "ema") if part in state}
     if "optimizer" in state:
         hashes["optimizer_sha256"] = hash_tensors(optimizer_tensors(state["optimizer"]))
     return hashes
@@ -147,7 +163,7 @@ def save_released(path: Path, model: Side4Video, epoch: int = 0, optimizer: dict
 
 def save_safetensors(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically as a .safetensors file, without the states of optimizer and scaler."""
-    left_out = {"tower", "trained", "optimizer", "scaler"}
+    left_out = {"tower", "trained", "ema", "optimizer", "scaler"}
     facts = {"format": FORMAT, **{key: value for key, value in state.items() if key not in left_out}}
     facts["trained_sha256"] = hash_tensors(state["trained"])
     facts["facts_sha256"] = _hash_facts(facts)
@@ -217,7 +233,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if content.get("format") == FORMAT:
         try:
             check_entries(content)
-            for name in ("trained_sha256", "optimizer_sha256", "facts_sha256"):
+            for name in ("trained_sha256", "ema_sha256", "optimizer_sha256", "facts_sha256"):
                 content.pop(name, None)  # of the file, not of the training
         except ValueError as error:
             raise CheckpointError(f"{path}: damaged, or not written by this project: {error}") from error

@@ -29,6 +29,7 @@ def check_entries(checkpoint: dict[str, Any]) -> None:
         raise ValueError("of the entries optimizer and scaler only one is there")
     for part, tensors in (
         ("trained", checkpoint["trained"]),
+        ("ema", checkpoint.get("ema", {})),
         ("optimizer", optimizer_tensors(checkpoint.get("optimizer", {}))),
     ):
         expected = checkpoint.get(f"{part}_sha256")
@@ -94,6 +95,7 @@ def _report(value: Any) -> bool:
         and len(value["loss_sum"]) == 2
         and all(isinstance(number, int | float) for number in [*value["loss_sum"], value.get("mean_loss", "")])
         and isinstance(value.get("first_bad"), int | float)
+        and isinstance(value.get("grad_norm", 0.0), int | float)
         and all(
             isinstance(videos, list) and all(len(video) == 2 for video in videos)
             for videos in (value.get("unreadable"), value.get("damaged", []))  # older files have no "damaged"
@@ -115,6 +117,10 @@ def _optimizer(value: Any) -> bool:
 
 ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "trained": ("a dictionary of tensors", lambda value: _tensors(value) and len(value) > 0),
+    "ema": ("a dictionary of tensors", lambda value: _tensors(value) and len(value) > 0),
+    "ema_sha256": ("64 hexadecimal digits", _sha256),
+    "best_accuracy_ema": ("a percentage or None", _percentage_or_none),
+    "improved": ("a whole number, at least 0, or None", lambda value: value is None or _count(0)(value)),
     "tower": ("a dictionary of tensors or None", lambda value: value is None or _tensors(value)),
     "tower_file": ("the name of a file or None", _text_or_none),
     "tower_sha256": ("64 hexadecimal digits", _sha256),

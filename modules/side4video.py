@@ -3,6 +3,7 @@
 Letters: B clips, T frames of a clip, N patches of a frame, D tower width, H and W pixel height and width, K classes.
 """
 
+import logging
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,8 @@ from modules.side_network import SideNetwork
 from modules.token_norm import TokenBatchNorm
 from utils.distributed import get_world_size
 from utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class SideClassifier(nn.Module):
@@ -75,6 +78,7 @@ class Side4Video(nn.Module):
         """
         if compile_backbone:
             check_compiler(device)
+            warn_of_old_card(device)
             self.backbone.compile_blocks()
         if shard_backbone and get_world_size() > 1:
             self.backbone.shard(init_device_mesh(device.type, (get_world_size(),)))
@@ -115,6 +119,16 @@ class Side4Video(nn.Module):
     def no_sync(self) -> AbstractContextManager:
         """Inside, gradients add up on each process and are not averaged: for all but the last step of an update."""
         return nullcontext() if self.replica is None else self.replica.no_sync()
+
+
+def warn_of_old_card(device: torch.device) -> None:
+    """Log that torch.compile may not pay on a GPU below capability 8.0, which its code is not written for first."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        log.warning(
+            "solver.compile: this GPU has capability %d.%d; compiled code is written for 8.0 and above, so compare a "
+            "few steps with solver.compile=False",
+            *capability,
+        )
 
 
 def check_compiler(device: torch.device) -> None:

@@ -100,16 +100,24 @@ class FrameAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, norm: "TokenLayerNorm | None" = None) -> Tensor:
+    def forward(self, tokens: Tensor, norm: TokenLayerNorm | None = None) -> Tensor:
         """(B, T, 1 + N, S), class token first -> (B, T, N, S). `norm` is applied to the tokens first."""
-        qkv = (
-            (self.qkv(tokens) if norm is None else norm.then(self.qkv, tokens))
-            .flatten(0, 1)
-            .unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
-        )
-        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B * T, S // 64, 1 + N, 64) each
+        query, key, value = self._heads(tokens, norm)
         x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
         return self.proj(x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2]))
+
+    def weights(self, tokens: Tensor, norm: TokenLayerNorm | None = None) -> Tensor:
+        """(B, T, 1 + N, S) -> (B, T, S // 64, N, 1 + N): what each query takes of each key. For pictures only."""
+        query, key, _ = self._heads(tokens, norm)
+        products = query[:, :, 1:] @ key.transpose(-1, -2) * HEAD_WIDTH**-0.5
+        return products.softmax(dim=-1).unflatten(0, tokens.shape[:2])
+
+    def _heads(self, tokens: Tensor, norm: TokenLayerNorm | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B * T, S // 64, 1 + N, 64) each."""
+        qkv = self.qkv(tokens) if norm is None else norm.then(self.qkv, tokens)
+        qkv = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
+        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
+        return query, key, value
 
 
 class Mlp(nn.Module):
@@ -159,7 +167,7 @@ class SideBlock(nn.Module):
         """Tokens (B, T, N, S), shifted class tokens (B, T, 1, S), position table (N, S) -> (B, T, N, S)."""
         if self.norm_placement == "pre":
             x = x + self.conv(self.bn_1(x))
-            x = x + self.attn(self._frame_tokens(x, shifted, pos), norm=self.ln_1)
+            x = x + self.attn(self._frame_tokens(x, shifted, pos), self.ln_1)
             return x + self.mlp(self.bn_2(x))
         x = x + self.bn_1(self.conv(x))
         x = x + self.ln_1(self.attn(self._frame_tokens(x, shifted, pos)))

@@ -76,9 +76,6 @@ class TokenLayerNorm(nn.LayerNorm):
     Scale and shift are applied apart: a CPU's LayerNorm adds up their gradients in bfloat16, which is percents off.
     """
 
-    weight: Tensor
-    bias: Tensor
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., S) -> (..., S)."""
         return torch.addcmul(self.bias.to(x.dtype), normalized(x, self.eps), self.weight.to(x.dtype))

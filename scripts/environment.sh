@@ -89,18 +89,18 @@ from_caller() {
     printf '%s\n' "$1"
 }
 
-# Sets RESOLVED to the argument, whose path after --output, --save_scores, resume= and the like is made absolute if the
+# Sets RESOLVED to the argument, whose path after --output, --save_scores, --report, resume= and the like is made absolute if the
 # script was called from another folder than the repository root. PREVIOUS is the argument before it.
 resolve_argument() {
     RESOLVED=$1
     [ "$CALLER" != "$PWD" ] || return 0
     case $PREVIOUS in
-    --output | --save_scores) RESOLVED=$CALLER/$1; case $1 in /*) RESOLVED=$1 ;; esac ;;
+    --output | --save_scores | --report) RESOLVED=$CALLER/$1; case $1 in /*) RESOLVED=$1 ;; esac ;;
     *) case $1 in
         resume=auto | network.weights=hub) ;;
         resume=* | pretrain=* | network.weights=* | data.*_root=* | data.*_list=*)
             RESOLVED=${1%%=*}=$(from_caller "${1#*=}") ;;
-        --output=* | --save_scores=*) case ${1#*=} in /*) ;; *) RESOLVED=${1%%=*}=$CALLER/${1#*=} ;; esac ;;
+        --output=* | --save_scores=* | --report=*) case ${1#*=} in /*) ;; *) RESOLVED=${1%%=*}=$CALLER/${1#*=} ;; esac ;;
         esac ;;
     esac
 }

@@ -13,14 +13,19 @@ check_config() {
         esac
         before=$argument
     done
-    "$PYTHON" -m utils.config "$purpose" "$config" "$@"
+    # The first check takes a moment; the second one imports the model and names missing weights too.
+    "$PYTHON" -m utils.config "$purpose" "$config" "$@" 2>/dev/null ||
+        "$PYTHON" -m tools.check_config "$purpose" "$config" "$@"
 }
 
 # launch PROGRAM [argument ...]: run the program in one process for each visible GPU, or in one process on the CPU.
-# NUM_GPUS sets another number. A single process is started without torchrun. One machine uses a free port unless
-# MASTER_PORT is set. Several machines (NNODES above 1) need NODE_RANK and MASTER_ADDR.
+# NUM_GPUS sets another number, and DEVICE=cpu leaves the GPUs alone. A single process is started without torchrun. One
+# machine uses a free port unless MASTER_PORT is set. Several machines (NNODES above 1) need NODE_RANK and MASTER_ADDR.
 launch() {
-    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || fail "$PYTHON cannot import torch"
+    case ${DEVICE:-} in
+    cpu) gpus=0 ;;
+    *) gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || fail "$PYTHON cannot import torch" ;;
+    esac
     processes=${NUM_GPUS:-$((gpus > 0 ? gpus : 1))}
     nodes=${NNODES:-1}
     case $processes in 0* | *[!0-9]*) fail "NUM_GPUS must be a number from 1, got '$processes'" ;; esac

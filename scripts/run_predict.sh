@@ -4,7 +4,8 @@ set -eu
 case ${1:-} in
 '' | -*)
     echo "usage: sh scripts/run_predict.sh CHECKPOINT PATH... [--topk 5] [--crops 1|3|5|10] [--clips N]" \
-        "[--json FILE] [--csv FILE] [--overlay OUT.mp4] [--workers N] [--set KEY=VALUE]" >&2
+        "[--json FILE] [--csv FILE] [--overlay OUT.mp4] [--workers N] [--set KEY=VALUE]" \
+        "[--window SECONDS [--stride SECONDS] [--plot OUT.png] [--live] [--reopen N]]" >&2
     exit 2
     ;;
 esac

@@ -4,7 +4,7 @@
 set -eu
 usage() {
     echo "usage: sh scripts/run_test_vision.sh CONFIG CHECKPOINT [--test_crops 1|3|5|10] [--test_clips N] [--dense]" \
-        "[--save_scores FILE] [--precision P] [--accept_changes] [key=value ...]; leave out CONFIG to" \
+        "[--save_scores FILE] [--report DIR] [--precision P] [--accept_changes] [key=value ...]; leave out CONFIG to" \
         "take the configuration in the checkpoint" >&2
     exit 2
 }

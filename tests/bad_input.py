@@ -23,7 +23,19 @@ if __name__ == "__main__":
 
 import test as test_program
 import train as train_program
-from tools import browse_data, check_data, convert_checkpoint, download_weights, motion_demo, prepare_data
+from tools import (
+    browse_data,
+    check_data,
+    compare_scores,
+    convert_checkpoint,
+    demo_page,
+    download_weights,
+    motion_demo,
+    motion_test,
+    plan,
+    prepare_data,
+    visualize,
+)
 from utils import config as config_program
 from utils.config_schema import FIELDS, Field
 from utils.errors import run_program
@@ -346,6 +358,10 @@ def tool_cases() -> Iterator[Case]:
         ("browse_data: no clips", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "--clips", "0"], {}),
         ("browse_data: no such list", browse_data.main, ["DIR/tiny.yaml", "DIR/out", "data.val_list=DIR/gone"], {}),
         ("check_data: fewer than no workers", check_data.main, ["DIR/tiny.yaml", "--workers", "-1"], {}),
+        ("plan: a GPU without a size", plan.main, ["DIR/tiny.yaml", "--gpu", "large"], {}),
+        ("plan: no GPUs", plan.main, ["DIR/tiny.yaml", "--gpus", "0"], {}),
+        ("plan: no videos", plan.main, ["DIR/tiny.yaml", "--videos", "0"], {}),
+        ("plan: a misspelt key", plan.main, ["DIR/tiny.yaml", "data.batchsize=1"], {}),
         ("extract: a folder without videos", prepare_data.main, ["extract", "DIR/data/frames", "DIR/out"], {}),
         ("extract: a list that is not there", prepare_data.main, ["extract", "DIR/gone.txt", "DIR/out"], {}),
         ("extract: no size", prepare_data.main, ["extract", "DIR/data", "DIR/out", "--short_side", "0"], {}),
@@ -364,9 +380,26 @@ def tool_cases() -> Iterator[Case]:
         ("download: an unknown name", download_weights.main, ["ViT-X"], {}),
         ("download: another file in its place", download_weights.main, ["EVA02-CLIP-L-14", "--dir", "DIR"],
          {"EVA02_CLIP_L_psz14_s4B.pt": b"mine"}),
+        ("demo page: no room for uploads", demo_page.main, ["DIR/m.pt", "--max_mb", "0"], {}),
+        ("demo page: a port that cannot be", demo_page.main, ["DIR/m.pt", "--port", "70000"], {}),
         ("demo data: no videos", motion_demo.main, ["DIR/demo", "--train_videos", "0"], {}),
         ("demo data: a folder that is in use", motion_demo.main, ["DIR/data/frames"], {}),
         ("utils.config: no arguments", config_program.main, [], {}),
+        ("compare: a file that is not there", compare_scores.main, ["DIR/a.npz", "DIR/b.npz"], {}),
+        ("compare: text called .npz", compare_scores.main, ["DIR/a.npz", "DIR/b.npz"], {"a.npz": "no scores"}),
+        ("compare: one file", compare_scores.main, ["DIR/a.npz"], {}),
+        ("compare: another number of weights", compare_scores.main, ["DIR/a.npz", "DIR/b.npz", "--weights", "1"], {}),
+        ("compare: fused scores that are a folder", compare_scores.main,
+         ["DIR/a.npz", "DIR/b.npz", "--fused", "DIR/data"], {}),
+        ("motion test: clips of one frame", motion_test.main, ["DIR/tiny.yaml", "DIR/m.pt", "data.num_segments=1"], {}),
+        ("motion test: a list without labels", motion_test.main,
+         ["DIR/tiny.yaml", "DIR/m.pt", "data.val_list=DIR/u.txt"], {"u.txt": "val_00000 4 -1\n"}),
+        ("motion test: a checkpoint that is not there", motion_test.main, ["DIR/tiny.yaml", "DIR/m.pt"], {}),
+        ("visualize: a checkpoint that is not there", visualize.main, ["DIR/m.pt", "DIR/v.mp4", "DIR/out"], {}),
+        ("visualize: pictures below a file", visualize.main, ["DIR/m.pt", "DIR/v.mp4", "DIR/tiny.yaml/out"], {}),
+        ("test.py: a report that is a file", test_program.main, test("--report", "DIR/tiny.yaml"), {}),
+        ("test.py: a report without labels", test_program.main,
+         test("--report", "DIR/out", "data.val_list=DIR/u.txt"), {"u.txt": "val_00000 4 -1\n"}),
         ("test.py: no clips", test_program.main, [*test(), "--test_clips", "0"], {}),
         ("test.py: two crops", test_program.main, [*test(), "--test_crops", "2"], {}),
         ("train.py: no configuration", train_program.main, [], {}),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import random_frame
+from tiny import random_frame, save_untrained
 
 import train as train_program
+from inference import Recognizer
 from tools.motion_demo import CLASSES, generate
 
 
@@ -87,3 +88,15 @@ def trained_demo(tmp_path_factory):
     (folder / "demo.yaml").write_text(yaml.safe_dump({"data": data, "network": network, "solver": solver}))
     train_program.main(["--config", str(folder / "demo.yaml"), "--output", str(folder / "run")])
     return folder / "run" / "model_best.pt", root
+
+
+@pytest.fixture
+def checkpoint(config, tmp_path):
+    """model_best.pt of the test's configuration, untrained."""
+    save_untrained(config, tmp_path / "model_best.pt")
+    return tmp_path / "model_best.pt"
+
+
+@pytest.fixture
+def recognizer(checkpoint):
+    return Recognizer.load(checkpoint)

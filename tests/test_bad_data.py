@@ -143,7 +143,7 @@ def test_damaged_videos_count_as_unreadable_where_the_configuration_says_so(
 def test_damaged_training_videos_are_counted_and_named_each_epoch(config, damaged_videos, tmp_path):
     log = train(config, tmp_path / "new", *damaged_videos, "data.batch_size=7", "data.workers=2")
     lines = [line for line in log.splitlines() if "training videos are damaged" in line]
-    assert [line.split(" ", 1)[1][:9] for line in lines] == ["epoch 0: ", "epoch 1: "]
+    assert [line.split(" ", 2)[2][:9] for line in lines] == ["epoch 0: ", "epoch 1: "]
     assert all("2 training videos are damaged, and what can be decoded of them was used: " in line for line in lines)
     assert all(line.index("val_00002.mp4: damaged") < line.index("val_00005.mp4: damaged") for line in lines)
     assert log.count("scored in part: ") == 4  # validation, twice
@@ -162,7 +162,7 @@ def test_skipped_training_videos_are_counted_and_reported_each_epoch(config, bro
     overrides = [*broken_videos, "data.on_error=skip", "data.batch_size=7"]
     log = train(config, tmp_path / "new", *overrides, "data.workers=2")
     lines = [line for line in log.splitlines() if "replaced: " in line]
-    assert [line.split(" ", 1)[1][:9] for line in lines] == ["epoch 0: ", "epoch 1: "]
+    assert [line.split(" ", 2)[2][:9] for line in lines] == ["epoch 0: ", "epoch 1: "]
     assert all("2 training videos could not be read and were replaced: " in line for line in lines)
     assert all(line.index("val_00002.mp4: pyav cannot") < line.index("val_00005.mp4: no such") for line in lines)
     assert log.count("no scores, counted wrong: ") == 4  # validation, twice

@@ -26,7 +26,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(case, base, rows):
     rows.append((case, status, line))
     # Frames and videos are read in the first step: by then the run has its folder, and its log says what happened.
     begun = ["run", "run/config.yaml", "run/train.log"]
-    assert left == [] or (left == begun and re.search(r"\.(jpg|mp4): ", line)), left
+    assert left == [] or (left == begun and re.search(r"\.(jpg|mp4|zip): ", line)), left
     assert (status, line.startswith("error: ")) == (1, True) or (status == 2 and ": error: " in line), line
     assert len(line) < 700 and line.isprintable()
 

@@ -1,19 +1,20 @@
 """tools/browse_data.py: its rows are the clips and views that the model gets, and its notes say what was drawn."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import epoch_batches, loader_config, write_video
+from tiny import epoch_batches, loader_config, spoil_packets, write_packets, write_video
 
 from datasets.batch_augment import BatchAugment
 from datasets.loaders import build_eval_loader, build_train_loader
 from datasets.resample import Resample, bilinear
 from engine.configuration import read_config
 from engine.loops import train_one_epoch
-from tools import browse_data
+from tools import browse_data, prepare_data
 from utils.errors import DataError, UserError
 from utils.precision import resolve_precision
 
@@ -74,6 +75,7 @@ def test_the_rows_are_what_enters_the_model_in_training(config, monkeypatch, tmp
 
     loader, model = build_train_loader(resolved), Keeper(1, 10)
     model.no_sync = None
+    model.__dict__["trained"] = model  # all of it, without a cycle of modules
     precision = resolve_precision("fp32", torch.device("cpu"))
     loader.sampler.set_epoch(1)
     optimizer = torch.optim.SGD([{"params": model.parameters(), "base_lr": 0.1}])
@@ -148,6 +150,45 @@ def test_video_files_without_names_or_labels_can_be_browsed(tmp_path, capsys, co
     (path,) = (tmp_path / "out").iterdir()
     assert capsys.readouterr().out == f"{path}: 2 clips\n"
     assert Image.open(path).format == "PNG"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_segments_of_frames_in_folders_and_packed_are_shown_by_name_with_their_own_frames(paths, tmp_path, packed):
+    root, path = Path(paths[0]), tmp_path / "segments.txt"
+    path.write_text("".join(f"video 3 {first} 5 {first % 4}\n" for first in range(8)))
+    if packed:
+        prepare_data.main(["pack", str(root), str(tmp_path / "packed"), "--workers", "0"])
+    config = loader_config((str(tmp_path / "packed" if packed else root), str(path)), segments=True, num_segments=3)
+    dataset = build_eval_loader(config, clips=2, crops=3).dataset
+    groups = list(browse_data.eval_rows(config, 100, 3, 2))
+    firsts = set()
+    for rows in [*groups, rows_of(browse_data.train_rows(config, 0, 8))]:
+        for row in rows:
+            note = re.search(r"video 3 (\d) 5 \((.*segments.txt:\d)\), frames ([\d ]+) of 5", " ".join(row.lines))
+            first, shown = int(note[1]), [int(number) for number in note[3].split()]
+            firsts.add(first)
+            with Image.open(root / "video 3" / f"img_{first + shown[1] + 1:05d}.jpg") as middle:
+                size = row.frame.shape[1::-1]
+                assert np.array_equal(row.frame, np.asarray(middle.resize(size, Image.Resampling.BICUBIC)))
+    assert firsts == set(range(8))
+    clips = {row.clip.tobytes() for group in groups for row in group}
+    assert clips == {clip.tobytes() for index in range(8) for clip in as_frames(dataset[index]["clips"])}
+
+
+def test_a_video_that_loses_frames_to_damage_is_shown_as_the_loader_reads_it(tmp_path):
+    write_packets(tmp_path / "v.webm", 30, "libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8"})
+    spoil_packets(tmp_path / "v.webm", range(20, 30))
+    (tmp_path / "whole.txt").write_text("v.webm 0\n" * 2)
+    (tmp_path / "segments.txt").write_text("v.webm 5 25 0\n" * 2)
+    for name in ("whole", "segments"):
+        keys = {"modality": "video", "decoder": "pyav", "segments": name == "segments", "num_segments": 3}
+        config = loader_config((str(tmp_path), str(tmp_path / f"{name}.txt")), **keys)
+        (rows, _) = browse_data.eval_rows(config, 2, 1, 2)
+        sample = build_eval_loader(config, clips=2).dataset[0]
+        assert sample["damaged"] and int(sample["num_frames"]) < (30 if name == "whole" else 25)
+        assert all(f" of {int(sample['num_frames'])}" in row.lines[1] for row in rows)
+        assert all(np.array_equal(row.clip, clip) for row, clip in zip(rows, as_frames(sample["clips"]), strict=True))
+        assert len(rows_of(browse_data.train_rows(config, 0, 2))) == 2
 
 
 def test_sheets_of_both_lists_are_written_and_a_broken_video_leaves_no_half_of_one(config, tmp_path, motion_root):

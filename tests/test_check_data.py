@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import write_packets, write_video
+from tiny import spoil_packets, write_packets, write_video
 
 from datasets.annotations import VideoRecord, read_annotations
 from tools import check_videos, prepare_data
@@ -681,7 +681,7 @@ def test_a_long_video_is_decoded_once_for_all_its_segments_and_its_damage_fails_
     decoded = []
     check = check_videos.check_video_file
     monkeypatch.setattr(
-        check_videos, "check_video_file", lambda t, decoder: decoded.append(t.path) or check(t, decoder)
+        check_videos, "check_video_file", lambda task, *keys: decoded.append(task.path) or check(task, *keys)
     )
     status, findings, _ = segments.check()
     assert status == 1 and len(decoded) == 2
@@ -694,6 +694,36 @@ def test_a_long_video_is_decoded_once_for_all_its_segments_and_its_damage_fails_
         ("train", "2"),
         ("val", "1"),
     ]
+
+
+def test_damage_of_a_long_video_is_a_warning_of_its_first_segment(segments):
+    path = segments.media / "a.mp4"
+    write_packets(path, 30, b_frames=0, keys=250)
+    spoil_packets(path, [25])
+    status, findings, _ = segments.check()
+    (finding,) = findings
+    assert status == 0 and (finding["severity"], finding["kind"]) == ("warning", "damaged")
+    assert finding["place"].endswith("val.txt:1") and f"{path}: damaged (" in finding["message"]
+    status, findings, _ = segments.check("data.on_damage=error")
+    assert status == 1 and [f["place"].rpartition("/")[2] for f in findings] == [
+        "train.txt:1",
+        "train.txt:2",
+        "val.txt:1",
+    ]
+
+
+def test_segments_of_frames_that_start_behind_the_last_frame_or_are_endless_are_named(tmp_path, capsys):
+    data = DataSet(tmp_path, capsys, "RGB")
+    data.data |= {"segments": True, "num_classes": 1, "label_list": None, "flip": False, "index_base": 7}
+    for name in "ab":
+        write_frames(data.media / name, ord(name), range(7, 17))
+    data.lines = {"train": ["a 0 10 0", "a 10 1 0", f"a 3 {10**12} 0", f"a {10**30} 2 0"], "val": ["b 9 1 0"]}
+    status, findings, _ = data.check()
+    assert status == 1
+    assert [(f["place"].rpartition(":")[2], f["kind"], f["severity"]) for f in findings] == [
+        (line, "count", "error") for line in "234"
+    ]
+    assert "img_00017.jpg missing; 1 frames listed from frame 10 on, 10 files" in findings[0]["message"]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -341,7 +341,7 @@ def test_a_required_key_that_is_missing_is_an_error_with_its_sentence(key):
         ("data.input_size=0", "0"),
         ("data.shot=0", "0"),
         ("data.protocol=ucf", "'ucf'"),
-        ("data.index_base=2", "2"),
+        ("data.index_base=-1", "-1"),
         ("data.flip=1", "1"),
         ("data.resize=wide", "'wide'"),
         ("data.resize=[256]", "[256]"),
@@ -590,7 +590,13 @@ def test_the_command_ends_with_status_1_and_one_line_and_loads_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
     command = [sys.executable, "-m", "utils.config", "train", str(Path("run.yaml").resolve())]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    line = f"{Path('run.yaml').resolve()}:6: data.train_list: no such file: {REPOSITORY / 'train.txt'}"
+    names = {"6: data.train_list": "file: train.txt", "5: data.train_root": "folder: frames"}
+    names |= {"8: data.val_list": "file: val.txt", "7: data.val_root": "folder: frames"}
+    kinds = {place: name.split(": ") for place, name in names.items()}
+    missing = [
+        f"{Path('run.yaml').resolve()}:{at}: no such {kind}: {REPOSITORY / name}" for at, (kind, name) in kinds.items()
+    ]
+    line = f"4 things are missing: {'; '.join(missing)}"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
 
 

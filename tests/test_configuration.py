@@ -79,4 +79,5 @@ def test_a_value_that_an_older_checkpoint_left_open_is_no_change():
 
 def test_a_tower_on_a_gpu_has_the_type_of_the_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert default_config(solver={"precision": "bf16"}).network.backbone_dtype == "bfloat16"

@@ -86,7 +86,7 @@ def test_there_and_back_is_equal_to_the_bit(clip_config, tmp_path, source, targe
         assert between["class_names"] == list(CLASSES) and between["config"] == config.toDict()
         assert between["tower_file"] is None and "optimizer" not in between
     if "official" not in (source, target):
-        assert {k: start[k] for k in start if k not in ("optimizer", "scaler", "tower", "trained")} == {
+        assert {k: start[k] for k in start if k not in ("optimizer", "scaler", "improved", "tower", "trained")} == {
             k: end[k] for k in end if k not in ("tower", "trained")
         }
     assert stat.S_IMODE(paths[target].stat().st_mode) == 0o644

@@ -137,7 +137,8 @@ def test_the_page_leads_to_a_trained_model_and_scores(followed):
 def test_the_page_leads_to_the_same_model_on_frames_and_on_fewer_classes(followed):
     root, printed = followed
     on_frames, on_packed = [output for text, output in printed if "configs/mine_frames.yaml" in text]
-    scores = [[line for line in output.splitlines() if "top-1" in line] for output in (on_frames, on_packed)]
+    # Without date and time before, and the seconds a video behind.
+    scores = [re.findall(r"(?m)^\S+ \S+ (\d.* top-1 [^,\n]*)", output) for output in (on_frames, on_packed)]
     assert scores[0] == scores[1] != []
     assert "4 frames x 1 crops x 1 clips on 4 videos: top-1 " in on_frames
     few = torch.load(root / "exp_onehot/few/last_model.pt", weights_only=True)

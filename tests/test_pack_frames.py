@@ -153,12 +153,24 @@ DAMAGE = {
     "large form without its field": lambda path: patched(path, directory(path) + 20, b"\xff" * 8),
     "huge directory": lambda path: patched(path, -10, b"\xf0\xff\xff\x7f"),
     "large form without its record": lambda path: patched(path, -14, b"\xff\xff\xff\xff"),
+    "large form at a place without end": lambda path: path.write_bytes(
+        b"PK\6\7" + bytes(4) + b"\xff" * 8 + bytes(4) + b"PK\5\6" + bytes(4) + b"\xff" * 12 + bytes(2)
+    ),
     "missing": lambda path: rewritten(path, other=b"x"),
     "name outside": lambda path: rewritten(path, **{f"../{TEMPLATE.format(1)}": b"x"}),
     "no image": lambda path: rewritten(path, **{TEMPLATE.format(1): b"text"}),
     "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+}
+
+
+REASONS = {
+    "cut": "is no complete zip file",
+    "compressed": "is compressed or encrypted",
+    "encrypted": "is compressed or encrypted",
+    "huge frame": "it ends behind the end of the contents",
+    "frame behind the end": "it ends behind the end of the contents",
 }
 
 
@@ -170,14 +182,16 @@ def test_damage_of_a_packed_file_is_one_line_that_names_it(packed, damage):
         FrameFolderReader(str(out), TEMPLATE).open(records[1]).read([0])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{out}/video 1") and "listed at " in str(caught.value)
+    assert REASONS.get(damage, "") in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_check_data_names_a_damaged_packed_file(packed, damage):
     _, out, records = packed
     DAMAGE[damage](out / "video 1.zip")
-    findings, digest = check_frame_folder(Task("train", str(out), records[1]), TEMPLATE, 1, False)
-    assert digest is None and findings and all("\n" not in finding.message for finding in findings)
+    checked = check_frame_folder(Task("train", str(out), records[1]), TEMPLATE, 1, False)
+    findings = checked.findings
+    assert checked.digest is None and findings and all("\n" not in finding.message for finding in findings)
     assert findings[0].message.startswith(f"{out}/video 1") and findings[0].severity == "error"
 
 
@@ -190,12 +204,50 @@ def test_a_long_directory_is_searched_by_bisection_and_unsorted_ones_are_read_wh
     read = []
     whole = FrameArchive._whole_directory
     monkeypatch.setattr(frame_archives, "LONGEST_DIRECTORY", 1000)
+    monkeypatch.setattr(frame_archives, "END_BLOCK", 30)
     monkeypatch.setattr(FrameArchive, "_whole_directory", lambda self: read.append(self.path) or whole(self))
     for file in ("sorted.zip", "unsorted.zip", "uneven.zip"):
         with FrameArchive(str(tmp_path / file)) as frames:
             for name in (names[0], names[77], names[199], names[5]):
                 assert frames.read(name) == (name * 3).encode()
     assert {Path(path).name for path in read} == {"unsorted.zip", "uneven.zip"}
+
+
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_one_changed_bit_of_a_frame_is_found_by_its_checksum(packed, place):
+    root, out, _ = packed
+    name, path = TEMPLATE.format(2), out / "video 1.zip"
+    frame = (root / "video 1" / name).read_bytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(frame) + round(place * (len(frame) - 1))] ^= 1
+    path.write_bytes(content)
+    with FrameArchive(str(path)) as frames:
+        assert frames.read(TEMPLATE.format(1)) == (root / "video 1" / TEMPLATE.format(1)).read_bytes()
+        with pytest.raises(DataError, match=f"{path}: {name} is damaged: its checksum is not the stated one"):
+            frames.read(name)
+
+
+@pytest.mark.parametrize("end_block", [30, 2**15])
+def test_frames_are_read_in_any_order_and_again_from_directories_of_any_length(packed, monkeypatch, end_block):
+    root, out, _ = packed
+    monkeypatch.setattr(frame_archives, "END_BLOCK", end_block)
+    names = [TEMPLATE.format(number) for number in (5, 1, 3, 3, 2, 5, 4)]
+    with FrameArchive(str(out / "video 0.zip")) as frames:
+        for name in names:
+            assert frames.read(name) == Path(root, "video 0", name).read_bytes()
+
+
+def test_a_name_that_is_part_of_another_is_not_mistaken_for_it(tmp_path):
+    names = ["a1.jpg", "1.jpg", "11.jpg", "1.jpg.jpg"]
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, f"of {name}")
+    with FrameArchive(str(tmp_path / "v.zip")) as frames:
+        for name in [*names, *names[::-1]]:
+            assert frames.read(name) == f"of {name}".encode()
+        for name in ("jpg", ".jpg", "a1", "1.jp"):
+            with pytest.raises(FileNotFoundError):
+                frames.read(name)
 
 
 def test_zip_files_of_other_programs_are_read(tmp_path):

@@ -60,7 +60,7 @@ def test_every_block_of_the_page_is_run_or_shows_output():
     assert PAGE.count("```") == 2 * len(BLOCKS)
     languages = [language for language, _ in BLOCKS]
     assert [language for language in languages if language not in ("sh", "python")] == ["", "json"]
-    assert languages.count("sh") == 7 and languages.count("python") == 4
+    assert languages.count("sh") == 8 and languages.count("python") == 5
 
 
 def test_a_test_without_a_configuration_scores_the_list_of_the_training(followed):
@@ -101,6 +101,16 @@ def test_pipes_overlays_and_templates_do_what_the_page_says(followed):
     assert "val_00003: 16 frames" in output_of(followed, "--set")
     lines = [line for line in output_of(followed, "predictions.json").splitlines() if line.startswith("{")]
     assert len(lines) == 2 and json.loads(lines[1])["path"] == "demo_data/motion/frames/val_00001"
+
+
+def test_the_time_line_has_the_rows_of_the_page(followed):
+    *windows, last = map(json.loads, (followed[0] / "timeline.json").read_text().splitlines())
+    assert len(windows) > 2 and all(list(row) == ["path", "start", "end", "top"] for row in windows)
+    assert list(last) == ["path", "segments", "windows", "dropped", "damage", "error"]
+    assert list(last["segments"][0]) == ["start", "end", "name", "score"] and last["windows"] == len(windows)
+    assert (followed[0] / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+    piped = [json.loads(line) for line in output_of(followed, "timeline.json").splitlines() if line.startswith("{")]
+    assert piped and piped[-1]["path"] == "-" and piped[-1]["error"] is None
 
 
 def test_features_and_tokens_are_where_the_page_says(followed):

@@ -29,7 +29,8 @@ def assert_same_training(a, b):
 def test_training_writes_checkpoints_config_and_log(config, tmp_path):
     checkpoint = train_run(config, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"last_model.pt", "last_model_1.pt", "model_best.pt", "config.yaml", "train.log"}
+    files = {"last_model.pt", "last_model_1.pt", "model_best.pt", "config.yaml", "train.log"}
+    assert names == files | {"metrics.jsonl", "first_batch.png", "tensorboard"}
     assert checkpoint["epoch"] == 2 and checkpoint["class_names"] == list(CLASSES)
     assert checkpoint["tower"] is not None  # random: only the checkpoint holds it
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == checkpoint["config"]
@@ -82,7 +83,7 @@ def test_skipped_epochs_are_saved_all_the_same(config, tmp_path):
     checkpoint = train_run(config, tmp_path / "run", "logging.skip_epoch=[0,1]")
     assert checkpoint["epoch"] == 2 and checkpoint["best_accuracy"] is None
     assert not (tmp_path / "run" / "model_best.pt").exists()
-    assert "validation:" not in (tmp_path / "run" / "train.log").read_text()
+    assert "validation: top-1" not in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_pretrain_starts_from_the_weights_of_a_checkpoint_and_evaluate_only_evaluates(config, tmp_path):

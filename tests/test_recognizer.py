@@ -32,17 +32,6 @@ def config(config):
 
 
 @pytest.fixture
-def checkpoint(config, tmp_path):
-    save_untrained(config, tmp_path / "model_best.pt")
-    return tmp_path / "model_best.pt"
-
-
-@pytest.fixture
-def recognizer(checkpoint):
-    return Recognizer.load(checkpoint)
-
-
-@pytest.fixture
 def video(motion_root):
     return motion_root / "videos" / "val_00001.mp4"
 

@@ -16,7 +16,7 @@ case "$*" in
 *find_spec*) shift 2; for name; do [ "$name" != "${MISSING:-}" ] || echo "$name"; done ;;
 -c*) ;;
 *"-m ruff"* | *"-m mypy"* | *"-m pytest"*) printf '[%s]' "$@"; echo; exit "${CHECK_STATUS:-0}" ;;
-*utils.config*) printf '[%s]' "$@"; echo; exit "${CONFIG_STATUS:-0}" ;;
+*utils.config* | *tools.check_config*) printf '[%s]' "$@"; echo; exit "${CONFIG_STATUS:-0}" ;;
 *) printf '[%s]' "$@"; echo; exit "${STATUS:-0}" ;;
 esac
 """
@@ -270,6 +270,7 @@ def test_paths_are_those_of_the_folder_that_the_script_is_called_from(call, tmp_
     check, launch = call("run_train_vision.sh", *arguments, folder=tmp_path).stdout.splitlines()
     assert f"[{tmp_path}/mine.yaml]" in check
     assert launch.endswith(f"[{tmp_path}/mine.yaml][--output][{tmp_path}/out][resume={tmp_path}/last.pt]")
-    arguments = ("configs/demo/motion.yaml", "last.pt", "--save_scores", "s.npz")
+    arguments = ("configs/demo/motion.yaml", "last.pt", "--save_scores", "s.npz", "--report", "r", "--report=/r")
     launch = call("run_test_vision.sh", *arguments, folder=tmp_path).stdout
     assert f"[configs/demo/motion.yaml][--weights][{tmp_path}/last.pt][--save_scores][{tmp_path}/s.npz]" in launch
+    assert f"[--report][{tmp_path}/r][--report=/r]" in launch

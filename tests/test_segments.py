@@ -1,18 +1,21 @@
 """Segments of videos: the frames of a slice of the whole video, read without decoding what lies before."""
 
+import contextlib
+import dataclasses
 import shutil
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import loader_config, smooth_pictures
+from tiny import loader_config, save_untrained, score_run, smooth_pictures, spoil_packets
 
 import datasets.segments
 from datasets.annotations import VideoRecord, read_annotations
-from datasets.loaders import build_train_loader
+from datasets.decoders import Converter, Damage, FrameCountError, decode_all
+from datasets.loaders import build_eval_loader, build_train_loader
 from datasets.readers import FrameFolderReader, VideoFileReader
-from datasets.segments import scan
+from datasets.segments import SegmentDecoder, SegmentError, scan
 from engine.configuration import default_config
 from inference.inputs import PathReader, find_videos
 from inference.overlay import all_frames
@@ -31,6 +34,9 @@ KINDS = {
     "open_groups.mp4": ("libx264", {"g": "20", "x264-params": "open-gop=1"}, False),
 }
 SEGMENTS = [(0, 1), (0, COUNT), (63, 3), (64, 1), (79, 2), (80, 40), (137, 20), (150, 50), (COUNT - 1, 1)]
+
+
+SHORT_AND_LONG = [(0, 12, 0), (0, 4, 1), (7, 5, 0), (6, 6, 1), (11, 1, 0), (1, 5, 0)]  # first frame, frames, label
 
 
 def write(path, codec, options):
@@ -91,6 +97,24 @@ def test_a_segment_far_into_a_file_is_read_from_the_nearest_place_before_it(vide
     assert max(read) < COUNT
 
 
+@pytest.mark.parametrize("name", [name for name, (*_, places) in KINDS.items() if places])
+def test_a_seek_that_lands_elsewhere_is_noticed_and_the_file_is_decoded_from_its_start(videos, name, monkeypatch):
+    folder, frames = videos
+    found = scan(str(folder / name))
+    group = len(found.sizes) // 2
+    first, places = int(found.first_frames[group]), found.places.copy()
+    assert np.array_equal(datasets.segments.read_at(str(folder / name), found, [first + 2]), [frames[name][first + 2]])
+    for other in (group - 1, group + 1):
+        places[group, 1:] = found.places[other, 1:]  # the times to which the container is told to seek
+        places[group, 0] = min(found.places[group, 0], found.places[other, 0])
+        wrong = dataclasses.replace(found, places=places)
+        read = datasets.segments.read_at(str(folder / name), wrong, [first + 2])
+        assert read is None or np.array_equal(read, [frames[name][first + 2]])
+        monkeypatch.setattr(datasets.segments, "scan", lambda path, wrong=wrong: wrong)
+        segment = open_segment(folder, name, first, 5)
+        assert np.array_equal(segment.read([2, 4]), frames[name][first + 2 : first + 5 : 2]) and not segment.damage()
+
+
 @pytest.mark.parametrize("name", ["b_frames.mp4", "h264.mkv", "mpeg4.avi"])
 def test_the_packets_of_a_file_are_scanned_once(videos, name, monkeypatch):
     folder, _ = videos
@@ -110,7 +134,123 @@ def test_a_file_that_changed_is_scanned_again_and_packets_unlike_the_scan_are_no
     assert np.array_equal(open_segment(tmp_path, path.name, 150, 4).read([0, 3]), frames["long_groups.mov"][150:154:3])
     shutil.copy(folder / "b_frames.mp4", path)
     assert np.array_equal(open_segment(tmp_path, path.name, 150, 4).read([0, 3]), frames["b_frames.mp4"][150:154:3])
+    assert scan(str(path)).digests == scan(str(folder / "b_frames.mp4")).digests
     assert datasets.segments.read_at(str(path), scan(str(folder / "long_groups.mov")), [150]) is None
+
+
+def decoded_by_time(path):
+    """The times of the packets in order of presentation, and {time: frame} of all frames that FFmpeg decodes."""
+    convert, found, times = Converter(), {}, []
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for packet in container.demux(video=0):
+            times += [packet.pts] if packet.size else []
+            with contextlib.suppress(av.FFmpegError):
+                found.update((frame.pts, convert(frame)) for frame in packet.decode())
+    return sorted(times), found
+
+
+def read_what_there_is(video, choose):
+    try:
+        return video.read(choose(video.num_frames))
+    except FrameCountError as error:
+        return video.read(choose(error.num_frames))
+
+
+@pytest.mark.parametrize("name", ["b_frames.mp4", "long_groups.mov", "h264.mkv", "vp9.webm"])
+def test_segments_of_a_damaged_file_have_the_frames_that_ffmpeg_decodes_at_their_times(videos, tmp_path, name):
+    folder, intact = videos
+    path, seen = tmp_path / name, set()
+    for numbers in ([100], [103, 104, 107], [1], list(range(120, 140))):
+        shutil.copy(folder / name, path)
+        spoil_packets(path, numbers)
+        times, found = decoded_by_time(path)
+        assert scan(str(path)) is not None
+        for first, count in ((0, 20), (85, 40), (102, 4), (125, 5), (180, 20)):
+            expected = [found[time] for time in times[first : first + count] if time in found]
+            for choose in (range, lambda n: sorted({0, n // 2, n - 1})):
+                segment = open_segment(tmp_path, name, first, count)
+                if not expected:
+                    with pytest.raises(DataError, match=f"{name}: .*no frame of the segment can be decoded.*list:7"):
+                        segment.read(list(choose(count)))
+                    continue
+                frames = read_what_there_is(segment, choose)
+                unmet = segment.damage() is None and segment.num_frames > len(expected)  # what is lost was not needed
+                others = intact[name][first : first + count] if unmet else expected
+                assert np.array_equal(frames, [others[index] for index in choose(len(others))])
+                if choose is range:
+                    changed = len(expected) < count or not np.array_equal(expected, intact[name][first : first + count])
+                    if changed and name != "vp9.webm":  # VP9 decoders take much noise for pictures
+                        assert segment.damage().startswith(f"{path}: damaged (")
+                    assert first < 180 or segment.damage() is None  # the damage lies in groups before
+                    seen |= {"lost"} if len(expected) < count else {"changed"} if changed else set()
+    assert seen
+
+
+def test_frames_that_come_out_of_order_or_not_at_all_are_sorted_and_named(videos, monkeypatch):
+    folder, frames = videos
+    decoded = list(decode_all(str(folder / "b_frames.mp4")))
+    order = [*range(7), 8, 12, 9, 10, 11, *range(13, COUNT)]  # 7 is lost
+    monkeypatch.setattr(datasets.segments, "decode_all", lambda *args: (decoded[number] for number in order))
+    monkeypatch.setattr(datasets.segments, "read_at", lambda *args: None)
+    segment = open_segment(folder, "b_frames.mp4", 5, 8)
+    expected = [frames["b_frames.mp4"][number] for number in (5, 6, 8, 9, 10, 11, 12)]
+    assert np.array_equal(read_what_there_is(segment, range), expected)
+    assert "damaged (1 packet without a frame)" in segment.damage()
+
+
+def test_segments_of_a_damaged_file_without_a_scan_count_the_frames_that_can_be_decoded(videos, tmp_path):
+    folder, _ = videos
+    path = tmp_path / "mpeg4.avi"
+    shutil.copy(folder / path.name, path)
+    spoil_packets(path, [36, 100])
+    _, found = decoded_by_time(path)
+    whole = VideoFileReader(str(tmp_path), "pyav").open(VideoRecord(path.name, None, 0, "list:1"))
+    frames = whole.read(range(whole.num_frames))
+    for first, count in ((0, 30), (90, 30), (len(frames) - 5, 5)):
+        segment = open_segment(tmp_path, path.name, first, count)
+        assert np.array_equal(segment.read(range(count)), frames[first : first + count])
+        assert (segment.damage() is not None) == (first > 0)
+    with pytest.raises(DataError, match=f"the segment .* has {len(frames)} frames"):
+        open_segment(tmp_path, path.name, len(frames) - 5, 6).read([0])
+
+
+@pytest.mark.parametrize("on_damage", ["accept", "error"])
+def test_a_test_scores_a_damaged_segment_and_names_it(videos, tmp_path, on_damage):
+    folder, intact = videos
+    shutil.copy(folder / "b_frames.mp4", tmp_path / "b_frames.mp4")
+    spoil_packets(tmp_path / "b_frames.mp4", range(120, 140))
+    path = tmp_path / "list.txt"
+    path.write_text("b_frames.mp4 0 20 0\nb_frames.mp4 115 20 1\n")
+    keys = {"modality": "video", "decoder": "pyav", "segments": True, "workers": 0, "on_damage": on_damage}
+    config = loader_config((str(tmp_path), str(path)), **keys)
+    loader = build_eval_loader(config)
+    batches = list(loader)
+    told = loader.damaged if on_damage == "accept" else loader.unreadable
+    ((index, message),) = told
+    assert index == 1 and "b_frames.mp4: damaged (" in message and "list.txt:2" in message
+    assert sum(len(batch["indices"]) for batch in batches) == (2 if on_damage == "accept" else 1)
+
+
+class OneFrameLess:
+    """A decoder like decord, which counts a last packet without a frame until it reads it."""
+
+    num_frames, damage = 10, Damage()
+
+    def __init__(self, path):
+        pass
+
+    def read(self, indices):
+        if self.num_frames == 10 and indices[-1] == 9:
+            self.num_frames = 9
+            raise FrameCountError(10, 9)
+        return list(indices)
+
+
+def test_a_segment_that_ends_at_a_frame_that_only_the_decoder_counts_ends_behind_the_file():
+    assert SegmentDecoder("a.avi", 4, 5, OneFrameLess).read([0, 4]) == [4, 8]
+    with pytest.raises(SegmentError, match="frames 5 to 9, but the file has 9 frames"):
+        SegmentDecoder("a.avi", 5, 5, OneFrameLess).read([0, 4])
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -190,6 +330,36 @@ def test_training_samples_a_segment_as_if_it_were_a_video(videos, tmp_path):
         dataset[0, index]
         indices = dataset.sample(9, 0, index)
         assert np.array_equal(seen[index], [frames[name][first + i] for i in indices])
+
+
+def test_the_score_file_names_segments_with_their_numbers(config, motion_root, tmp_path):
+    save_untrained(config, tmp_path / "model.pt")
+    path = tmp_path / "list.txt"
+    path.write_text("val_00000 0 4 0\nval_00000 2 4 1\nval_00001 1 5 2\n")
+    saved = score_run(config, tmp_path / "model.pt", tmp_path / "s.npz", f"data.val_list={path}", "data.segments=True")
+    assert saved["paths"].tolist() == ["val_00000 0 4", "val_00000 2 4", "val_00001 1 5"]
+    assert saved["labels"].tolist() == [0, 1, 2] and not np.array_equal(saved["scores"][0], saved["scores"][1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_min_frames_and_balance_take_a_segment_for_a_video(make_frame_folders, tmp_path, caplog, packed):
+    root, _ = make_frame_folders([12])
+    if packed:
+        prepare_data.main(["pack", root, str(tmp_path / "packed"), "--workers", "0"])
+        root = str(tmp_path / "packed")
+    path = tmp_path / "segments.txt"
+    path.write_text("".join(f"video 0 {first} {count} {label}\n" for first, count, label in SHORT_AND_LONG))
+    config = loader_config((root, str(path)), segments=True, min_frames=5, balance=True, workers=0)
+    with caplog.at_level("INFO"):
+        loader = build_train_loader(config)
+    assert f"{path}: 2 of 6 videos left out, which have fewer frames than data.min_frames 5" in caplog.messages
+    assert [record.name for record in loader.dataset.records] == [
+        f"video 0 {first} {count}" for first, count, _ in SHORT_AND_LONG if count >= 5
+    ]
+    labels = [batch["labels"].tolist() for batch in loader]
+    assert sorted(sum(labels, [])) == [0, 0, 1, 1]
+    assert len(build_eval_loader(config).dataset) == 4
+    assert len(build_eval_loader(config, every_video=True).dataset) == 6
 
 
 def test_predict_reads_a_list_of_segments(videos, tmp_path):

@@ -74,7 +74,7 @@ def assert_equal_runs(a, b):
 
 def epoch_lines(folder):
     """The line of each epoch's end, without its time, from the last start that wrote it."""
-    lines = [line[9:] for line in (folder / "train.log").read_text().splitlines() if " done: loss " in line]
+    lines = [line[20:] for line in (folder / "train.log").read_text().splitlines() if " done: loss " in line]
     return sorted({line.split()[1]: line for line in lines}.items())
 
 
@@ -126,7 +126,9 @@ def test_skipping_to_the_step_loads_none_of_the_videos_before_it(config, tmp_pat
     kill_after(math.inf)
     loaded, load = [], TrainVideoDataset._load
     monkeypatch.setattr(
-        TrainVideoDataset, "_load", lambda self, epoch, index: loaded.append(index) or load(self, epoch, index)
+        TrainVideoDataset,
+        "_load",
+        lambda self, epoch, index, place: loaded.append(index) or load(self, epoch, index, place),
     )
     train_run(config, tmp_path / "run", EVERY_UPDATE, "data.batch_size=2", "solver.epochs=1", "resume=auto")
     assert len(loaded) == 6 == len(set(loaded))  # three batches of two
@@ -270,10 +272,15 @@ def test_a_start_that_fails_leaves_nothing_behind(config, tmp_path):
 
 def test_a_start_that_fails_changes_nothing_of_a_run_that_is_there(config, tmp_path):
     train_run(config, tmp_path / "run", "solver.epochs=1", "solver.lr_warmup_step=1")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "train.log"}
+
+    def files():
+        found = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "train.log"]
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
     with pytest.raises(UserError):
         train_run(config, tmp_path / "run", "resume=auto", "solver.lr=1")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "train.log"} == before
+    assert files() == before
 
 
 def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
@@ -317,7 +324,7 @@ def test_the_state_is_copied_before_the_steps_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "save_last", lambda *args: (time.sleep(0.2), write(*args))[1])
     state = {**STATE, "trained": {"w": torch.zeros(3)}}
     writer = BackgroundWriter(tmp_path, 2)
-    writer.write(state, False)
+    writer.write(state)
     state["trained"]["w"].fill_(7)
     writer.close()
     assert torch.load(tmp_path / "last_model.pt", weights_only=True)["trained"]["w"].tolist() == [0, 0, 0]
@@ -325,7 +332,7 @@ def test_the_state_is_copied_before_the_steps_go_on(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_loud_the_run_goes_on_and_the_next_save_is_the_retry(tmp_path, monkeypatch, caplog):
     writer = BackgroundWriter(tmp_path, 2)
-    writer.write(STATE, False)
+    writer.write(STATE)
     writer.wait()
     before = (tmp_path / "last_model.pt").read_bytes()
 
@@ -334,13 +341,13 @@ def test_a_full_disk_is_loud_the_run_goes_on_and_the_next_save_is_the_retry(tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        writer.write({**STATE, "epoch": 1}, True)
+        writer.write({**STATE, "epoch": 1}, ["model_best.pt"])
         writer.wait()
         assert "CHECKPOINT NOT WRITTEN" in caplog.text and "No space left on device" in caplog.text
         assert (tmp_path / "last_model.pt").read_bytes() == before
         with pytest.raises(UserError, match="could not be written: No space left on device"):
             writer.close()
-    writer.write(STATE, False)
+    writer.write(STATE)
     writer.close()
     best = torch.load(tmp_path / "model_best.pt", weights_only=True)
     assert best["epoch"] == 1  # the best of the failed write is made good
@@ -509,8 +516,8 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     whole = score_run(*arguments, tmp_path / "whole.npz", *views)
     add, seen = PartialScores.add, []
 
-    def interrupted(self, indices, scores, damaged):
-        add(self, indices, scores, damaged)
+    def interrupted(self, indices, *rows):
+        add(self, indices, *rows)
         seen.extend(indices)
         if len(seen) == stopped_after:
             raise Killed
@@ -523,9 +530,7 @@ def test_an_interrupted_test_goes_on_and_gives_the_same_scores(config, tmp_path,
     with pytest.raises(UserError, match=r"holds scores of another test \(different: test_crops\); remove it"):
         score_run(*arguments, tmp_path / "s.npz", "--test_crops", "5", "test.view_batch=3")
     monkeypatch.setattr(
-        PartialScores,
-        "add",
-        lambda self, indices, scores, damaged: (seen.extend(indices), add(self, indices, scores, damaged)),
+        PartialScores, "add", lambda self, indices, *rows: (seen.extend(indices), add(self, indices, *rows))
     )
     resumed = score_run(*arguments, tmp_path / "s.npz", *views)
     assert sorted(seen) == list(range(7))  # each video once
@@ -571,9 +576,8 @@ def test_out_of_memory_is_one_line_with_the_sizes_and_what_to_change(config, tmp
     with pytest.raises(UserError) as caught:
         train_run(config, tmp_path / "new", "data.batch_size=4", "solver.recompute=False")
     assert caught.value.line == (
-        "cpu: out of memory with 4 videos of 1 clip(s) and 4 frames; solver.recompute=True keeps a seventh, or "
-        "data.batch_size=2 solver.grad_accumulation_steps=2 keeps the effective batch, or "
-        "network.backbone_dtype=bfloat16 halves the tower"
+        "cpu: out of memory with 4 videos of 1 clip(s) and 4 frames; set solver.recompute=True data.batch_size=4 "
+        "solver.grad_accumulation_steps=1, which keeps 4 videos an update"
     )
     with pytest.raises(UserError, match="cpu: out of memory with 4 views at once; set test.view_batch=2"):
         score_run(config, tmp_path / "run" / "last_model.pt", tmp_path / "s.npz")

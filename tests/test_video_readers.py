@@ -27,6 +27,7 @@ from datasets.bitstreams import Picture
 from datasets.decoders import FrameCountError, PyAVDecoder, decode_all, presentation, read_packet_table
 from datasets.readers import FrameBuffers, VideoFileReader, decode_image
 from datasets.video_files import missing_bytes
+from tools.check_videos import Task, check_video_file
 from tools.extract_frames import upright_frames
 from utils.errors import ConfigError, DataError
 
@@ -568,6 +569,27 @@ def test_a_file_that_ends_before_its_header_says_is_damaged(tmp_path, name):
         # A fragmented file states the length of each fragment only.
         missing = r"\d+" if name == "long.mp4" else len(content) - path.stat().st_size
         assert re.search(f"the file ends {missing} bytes before the end that its header states", video.damage())
+
+
+@pytest.mark.parametrize("name", ["clip.avi", "clip.mkv", "clip.mp4"])
+def test_titles_that_are_not_utf8_do_not_matter(tmp_path, name):
+    """Files of HMDB51 have such titles."""
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "a caf-e with a title"
+        stream = container.add_stream("libx264" if name != "clip.avi" else "mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for number in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_picture(number), format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert b"caf-e" in content
+    path.write_bytes(content.replace(b"caf-e", b"caf\xe9\xff"[:5]))
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(path)).metadata["title"]  # PyAV's default
+    for decoder in [*DECODERS, "auto"]:
+        assert numbers(path, decoder) == list(range(5))
+    assert check_video_file(Task("val", str(tmp_path), VideoRecord(name, None, 0, "list.txt:1")), "pyav").findings == []
 
 
 def test_the_last_frame_that_only_decord_counts_is_no_error(tmp_path):

@@ -243,6 +243,18 @@ def write_packets(
             container.mux(packet)
 
 
+def spoil_packets(path: Path, numbers: Sequence[int]) -> None:
+    """Write noise behind the first twelve bytes of the packets of these numbers, in the order of the file."""
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, bytes(packet)) for packet in container.demux(video=0) if packet.size]
+    content, rng = bytearray(path.read_bytes()), np.random.default_rng(1)
+    for number in numbers:
+        place, packet = packets[number]
+        place = content.index(packet, place)  # Matroska puts a header between
+        content[place + 12 : place + len(packet)] = rng.bytes(len(packet) - 12)
+    path.write_bytes(content)
+
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -13,6 +13,7 @@ validation list are chosen by `seed`.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,13 +221,11 @@ def train_row(
     place = rest[0] if rest else None
     record = dataset.records[index]
     with dataset.reader.open(record) as video:
-        indices = dataset.sample(video.num_frames, epoch, index, place)
-        frames = clip_frames(video, indices)
-        num_frames = video.num_frames
-        draws = dataset.transform.draw(
-            frames[0].shape[1], frames[0].shape[0], sample_rng(dataset.seed, epoch, index, repeat, place)
-        )
-        frame = resized(frames[1], draws.size)
+        choose = functools.partial(dataset.sample, epoch=epoch, index=index, place=place)
+        num_frames, indices, frames, places = dataset.read_chosen(video, choose)
+        height, width = frames[places[0]].shape[:2]
+        draws = dataset.transform.draw(width, height, sample_rng(dataset.seed, epoch, index, repeat, place))
+        frame = resized(frames[places[len(places) // 2]], draws.size)
     names = dataset.class_names
     classes = [(share, label) for label, share in enumerate(shares.tolist()) if share > 0.005]
     parts = [f"{share:.2f} {class_name(names, label)}" for share, label in sorted(classes, reverse=True)]
@@ -241,7 +240,7 @@ def train_row(
     done += [note] if note else []
     source = video_line(record, indices, num_frames)
     source += f"; repeat {repeat}" if dataset.num_sample > 1 else ""
-    source += f"; instead of {dataset.records[asked].path}, which cannot be read" if index != asked else ""
+    source += f"; instead of {dataset.records[asked].name}, which cannot be read" if index != asked else ""
     return Row([heading, "; ".join(done), source], frame, [draws.box], clip.permute(0, 2, 3, 1).numpy())
 
 
@@ -285,22 +284,25 @@ def view_rows(dataset: EvalVideoDataset, record: VideoRecord, views: Tensor) -> 
     """A row for each view of a video, uint8 (V, T, 3, H, W)."""
     transform, rows = dataset.transform, []
     num_crops, size = transform.num_crops, transform.input_size
+
+    def choose(num_frames: int) -> np.ndarray:
+        return sample_test(num_frames, dataset.num_segments, dataset.protocol, dataset.num_clips, dataset.dense)
+
+    middles, sizes = [], []
+    with dataset.reader.open(record) as video:
+        num_frames, indices, frames, flat = dataset.read_chosen(video, choose)
+        for places in flat.reshape(indices.shape):
+            sizes.append(resize_size(frames[places[0]].shape[1], frames[places[0]].shape[0], transform.resize))
+            middles.append(resized(frames[places[len(places) // 2]], sizes[-1]))
     for view, clip in enumerate(views):
         crop, number = divmod(view, dataset.num_clips)
-        with dataset.reader.open(record) as video:
-            num_frames = video.num_frames
-            indices = sample_test(num_frames, dataset.num_segments, dataset.protocol, dataset.num_clips, dataset.dense)[
-                number
-            ]
-            frames = clip_frames(video, indices)
-            width, height = resize_size(frames[0].shape[1], frames[0].shape[0], transform.resize)
-            frame = resized(frames[1], (width, height))
+        frame, (width, height) = middles[number], sizes[number]
         boxes = [(x, y, x + size, y + size) for x, y in crop_corners(width, height, size, num_crops)]
         mirrored = num_crops == 10 and crop >= 5
         own = boxes.pop(crop % len(boxes))
         heading = f"{class_name(dataset.class_names, record.label)}: view {view}, crop {crop}, clip {number}"
         done = f"crop {shown(own)} of {width} x {height}{', mirrored' if mirrored else ''}"
-        lines = [heading, f"{done}; {video_line(record, indices, num_frames)}"]
+        lines = [heading, f"{done}; {video_line(record, indices[number], num_frames)}"]
         rows.append(Row(lines, frame, [own, *boxes], clip.permute(0, 2, 3, 1).numpy()))
     return rows
 
@@ -320,15 +322,7 @@ def shown(box: Box) -> str:
 
 
 def video_line(record: VideoRecord, indices: np.ndarray, num_frames: int) -> str:
-    return f"{record.path} ({record.source}), frames {' '.join(map(str, indices.tolist()))} of {num_frames}"
-
-
-def clip_frames(video, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first frame of a clip and the one in its middle, uint8 (H, W, 3)."""
-    first, middle = int(indices[0]), int(indices[len(indices) // 2])
-    distinct = sorted({first, middle})
-    frames = dict(zip(distinct, video.read(distinct), strict=True))
-    return frames[first], frames[middle]
+    return f"{record.name} ({record.source}), frames {' '.join(map(str, indices.tolist()))} of {num_frames}"
 
 
 def resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -99,33 +99,16 @@ def check_each(tasks: list[Task], check: Callable[[Task], Checked]) -> list[Chec
 def check_frame_folder(
     task: Task, image_tmpl: str, index_base: int, count_frames: bool, on_damage: str = "accept"
 ) -> Checked:
-    """Check the numbers of the frames and decode each one. A folder with findings gets no hash."""
-    digest, kinds = hashlib.blake2b(digest_size=HASH_BYTES), set[str]()
-    findings = list(frame_folder_findings(task, image_tmpl, index_base, count_frames, on_damage, digest, kinds))
-    return Checked(findings, None if findings else digest.digest(), frozenset(kinds))
-
-
-def frame_folder_findings(
-    task: Task,
-    image_tmpl: str,
-    index_base: int,
-    count_frames: bool,
-    on_damage: str,
-    digest: "hashlib.blake2b",
-    kinds: set[str],
-) -> Iterator[Finding]:
-    """What is wrong with a folder or zip file of frames. Updates `digest` with the content of each frame, and `kinds`
-    with its kind.
-    """
-    record = task.record
+    """Check the numbers of the frames of a folder or zip file, and decode each one. With findings there is no hash."""
     folder, template = os.path.split(os.path.join(task.path, image_tmpl))
+    digest, kinds = hashlib.blake2b(digest_size=HASH_BYTES), set[str]()
     try:
-        frames = open_frames(folder)
+        with open_frames(folder) as frames:
+            expected = (frames, task.record, template, index_base, count_frames, on_damage)
+            findings = list(frame_findings(*expected, digest, kinds))
     except UserError as error:
-        yield Finding.at(record, "error", "unreadable", error.line)
-        return
-    with frames:
-        yield from frame_findings(frames, record, template, index_base, count_frames, on_damage, digest, kinds)
+        return Checked([Finding.at(task.record, "error", "unreadable", error.line)])
+    return Checked(findings, None if findings else digest.digest(), frozenset(kinds))
 
 
 def frame_findings(
@@ -138,7 +121,7 @@ def frame_findings(
     digest: "hashlib.blake2b",
     kinds: set[str],
 ) -> Iterator[Finding]:
-    """What is wrong with opened frames; arguments of `frame_folder_findings`."""
+    """What is wrong with opened frames. Updates `digest` with the content of each frame, and `kinds` with its kind."""
     folder = frames.path
     try:
         files = frames.names()

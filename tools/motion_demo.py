@@ -66,9 +66,23 @@ def trajectory(class_index: int, rng: np.random.Generator, num_frames: int) -> n
 
 def render_video(class_index: int, rng: np.random.Generator, size: int = 64, num_frames: int = 16) -> np.ndarray:
     """One video of a class, uint8 (T, H, W, 3)."""
+    return draw(*_scene(class_index, rng, size, num_frames))
+
+
+def object_masks(class_index: int, rng: np.random.Generator, size: int = 64, num_frames: int = 16) -> np.ndarray:
+    """Where the objects of `render_video` with an equal `rng` are, bool (T, H, W)."""
+    states, ground, objects = _scene(class_index, rng, size, num_frames)
+    white = [np.concatenate([np.ones_like(picture[..., :3]), picture[..., 3:]], axis=-1) for picture in objects]
+    return draw(states, np.zeros_like(ground), white)[..., 0] > 127
+
+
+def _scene(
+    class_index: int, rng: np.random.Generator, size: int, num_frames: int
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The arguments of `draw`."""
     states = trajectory(class_index, rng, num_frames)
     ground = _texture(rng, size, lowest=1, highest=4, contrast=0.04, colours=(0.05, 0.3))
-    return draw(states, ground, [_object(rng) for _ in range(OBJECTS)])
+    return states, ground, [_object(rng) for _ in range(OBJECTS)]
 
 
 def draw(states: np.ndarray, ground: np.ndarray, objects: list[np.ndarray]) -> np.ndarray:

@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="video file, folder or zip file of frames, directory of such, or list (*.txt)",
+        help="video file, folder or zip file of frames, directory of such, or list (*.txt); with --window one video, "
+        "an address, a camera, or - for the standard input",
     )
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="classes of a video (default 5)")
     parser.add_argument("--crops", type=int, choices=CROPS, default=1, help="crops of a clip (default 1)")
@@ -56,6 +57,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--window", type=float, metavar="SECONDS", help="score windows of one long video or stream")
     parser.add_argument("--stride", type=float, metavar="SECONDS", help="between windows (default: a frame's share)")
     parser.add_argument("--plot", metavar="OUT.png", type=Path, help="draw the time line of --window")
+    parser.add_argument(
+        "--live", action="store_true", help="drop frames that come too fast, and follow a file while it grows"
+    )
     parser.add_argument("--reopen", type=int, default=0, metavar="N", help="open a broken live stream again, N times")
     add_model_options(parser)
     args = parser.parse_args(argv)
@@ -63,8 +67,8 @@ def main(argv: list[str]) -> None:
         check_window_options(parser, args)
         stream_windows(args)
         return
-    for name in ("stride", "plot"):
-        if getattr(args, name) is not None:
+    for name in ("stride", "plot", "live", "reopen"):
+        if getattr(args, name):
             parser.error(f"--{name}: goes with --window")
     for name in ("topk", "clips"):
         if getattr(args, name) < 1:
@@ -119,7 +123,7 @@ def stream_windows(args: argparse.Namespace) -> None:
     """Score the windows of one source. Each row is written at once, and the segments at the end, whatever ended it."""
     recognizer, (path,) = load_recognizer(args), args.paths
     topk = min(args.topk, len(recognizer.class_names))
-    stream = recognizer.stream(path, args.window, args.stride, reopen=args.reopen)
+    stream = recognizer.stream(path, args.window, args.stride, live=args.live or None, reopen=args.reopen)
     timeline, windows, error = Timeline(stream.stride), [], None
     with contextlib.ExitStack() as files:
         outputs = list(open_outputs(args, topk, files, window_text))

@@ -11,18 +11,23 @@ MOST_WORKERS = 8
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `Recognizer.load` beside the checkpoint, and `--root` of `find_videos`."""
+    """The arguments of `add_checkpoint_options`, and how lists and many videos are read."""
     parser.add_argument("--root", metavar="DIR", help="folder that paths in lists start at (default: the list's own)")
-    parser.add_argument("--config", metavar="FILE", help="YAML file, for a released checkpoint, which holds none")
-    parser.add_argument("--weights", metavar="FILE", help="the tower's file, if it is not in clip_pretrain/")
-    parser.add_argument(
-        "--precision", choices=("amp", "bf16", "fp16", "fp32"), default="amp", help="of the model (default amp)"
-    )
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
         help=f"processes that read videos; 0 reads in this one (default: cores - 1, at most {MOST_WORKERS})",
+    )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `Recognizer.load` beside the checkpoint and `workers`."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file, for a released checkpoint, which holds none")
+    parser.add_argument("--weights", metavar="FILE", help="the tower's file, if it is not in clip_pretrain/")
+    parser.add_argument(
+        "--precision", choices=("amp", "bf16", "fp16", "fp32"), default="amp", help="of the model (default amp)"
     )
     parser.add_argument(
         "--set",
@@ -36,7 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_recognizer(args: argparse.Namespace, device: torch.device | None = None) -> Recognizer:
-    """The Recognizer of parsed arguments, `args.checkpoint` and those of `add_model_options`.
+    """The Recognizer of parsed arguments, `args.checkpoint`, `args.workers` and those of `add_checkpoint_options`.
 
     Raises:
         UserError: as `Recognizer.load`.

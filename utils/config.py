@@ -24,6 +24,7 @@ USAGE = "usage: python -m utils.config train|test CONFIG [key=value ...]"
 Fail = Callable[[str, str], NoReturn]
 Purpose = Literal["train", "test", "model"]
 Values = dict[str, Any]  # dotted key -> value in the type that its field reads
+Missing = Callable[[Values], list[str]]  # what a run needs beside lists, roots and files, and is not there
 
 
 class Entry(NamedTuple):
@@ -33,13 +34,16 @@ class Entry(NamedTuple):
     origin: str
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train") -> DotMap:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), purpose: Purpose = "train", missing: Missing | None = None
+) -> DotMap:
     """Return the configuration of one run. Values that it leaves open are derived later, by `resolve_config`.
 
     Args:
         path: the YAML file. The files that it names in `base` are merged below it.
         overrides: `section.key=value`, with the value in YAML; they replace the file's values.
         purpose: decides which lists, roots and files must exist. "model" requires none.
+        missing: names more that is missing, for the same error.
 
     Returns:
         every key of the schema except `base`. Reading another name raises AttributeError or KeyError, but not on a
@@ -52,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), purpose: Purpos
     entries = _read_file(Path(path))
     for override in overrides:
         _apply_override(entries, override)
-    return _checked(entries, str(path), purpose)
+    return _checked(entries, str(path), purpose, missing)
 
 
 def config_from_dict(
@@ -71,11 +75,14 @@ def config_from_dict(
     return _checked(entries, source, purpose)
 
 
-def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap:
+def _checked(entries: dict[str, Entry], source: str, purpose: Purpose, missing: Missing | None = None) -> DotMap:
     """Check the entries against the schema and add its defaults. An error about a missing key names `source`."""
 
+    def place(key: str) -> str:
+        return entries[key].origin if key in entries else source
+
     def fail(key: str, problem: str) -> NoReturn:
-        raise ConfigError(f"{entries[key].origin if key in entries else source}: {key}: {problem}")
+        raise ConfigError(f"{place(key)}: {key}: {problem}")
 
     for key in entries:
         if key not in FIELDS and key not in LEGACY:
@@ -91,7 +98,7 @@ def _checked(entries: dict[str, Entry], source: str, purpose: Purpose) -> DotMap
     del values["base"]
     _check_legacy(entries, values, fail)
     _check_together(values, purpose, fail)
-    _check_paths(values, purpose, fail)
+    _check_paths(values, purpose, fail, place, missing)
 
     plain: dict[str, Any] = {}
     for key, value in values.items():
@@ -258,10 +265,17 @@ def resize_problem(resize: int | list[int] | None, input_size: int | None) -> st
     return f"is {resize}, below data.input_size, which is {input_size}" if shorter < input_size else None
 
 
-def _check_paths(values: Values, purpose: Purpose, fail: Fail) -> None:
-    """Fail if a list, root or file that this purpose needs is missing."""
+def _check_paths(
+    values: Values, purpose: Purpose, fail: Fail, place: Callable[[str], str], more: Missing | None
+) -> None:
+    """Fail if lists, roots or files that this purpose needs are missing; one error names all of them.
+
+    Args:
+        more: describes what else the purpose needs and is not there.
+    """
     if purpose == "model":
         return
+    missing: list[tuple[str, str]] = []
     needed, optional = ["data.val_list", "data.val_root"], ["data.label_list"]
     if purpose == "train":  # a test reads its own checkpoint, which may also hold the tower
         optional += ["network.weights", "resume", "pretrain"]
@@ -271,9 +285,17 @@ def _check_paths(values: Values, purpose: Purpose, fail: Fail) -> None:
         value, field = values[key], FIELDS[key]
         exists = os.path.isdir if field.kind == "folder" else os.path.isfile
         if value is None and key in needed:
-            fail(key, f"missing, and this run needs it: {field.doc}")
+            missing.append((key, f"missing, and this run needs it: {field.doc}"))
         if value is not None and (key, value) not in NO_FILES and not exists(value):
-            fail(key, f"no such {field.kind}: {os.path.abspath(value)}")
+            missing.append((key, f"no such {field.kind}: {os.path.abspath(value)}"))
+    others = more(values) if more else []
+    if len(missing) + len(others) == 1:
+        for key, problem in missing:
+            fail(key, problem)
+        raise ConfigError(others[0])
+    if missing or others:
+        listed = [*(f"{place(key)}: {key}: {problem}" for key, problem in missing), *others]
+        raise ConfigError(f"{len(listed)} things are missing: {'; '.join(text.rstrip('.') for text in listed)}")
 
 
 def main(argv: list[str]) -> None:

@@ -433,6 +433,19 @@ FIELDS = {
         "Learning rate of the classifier after the warm-up. `solver.clip_ratio` sets that of the side network.",
         _ABOVE_0,
     ),
+    "solver.lr_scale": Field(
+        "str",
+        "none",
+        "`linear` multiplies `solver.lr` by the videos of an update on all processes, over `solver.lr_batch`.",
+        _one_of("linear", "none"),
+    ),
+    "solver.lr_batch": Field(
+        "int",
+        256,
+        "Videos of an update that `solver.lr` is meant for; the paper's ViT-B/16 takes 8 GPUs x 32. In a shipped "
+        "configuration, these are 8 x its `data.batch_size`. Only `solver.lr_scale: linear` reads it.",
+        _from_to(1, 100000000),
+    ),
     "solver.lr_warmup_step": Field(
         "float", 0.0, "Number of warm-up epochs, in which the learning rate rises from 0.", _at_least(0)
     ),
@@ -472,6 +485,16 @@ FIELDS = {
         "Type of matrix products. `amp`: bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.",
         _one_of("amp", "bf16", "fp16", "fp32"),
     ),
+    "solver.tf32": Field(
+        "bool",
+        False,
+        "On a GPU, float32 products and convolutions take TF32, which rounds their inputs to 10 bits.",
+    ),
+    "solver.deterministic": Field(
+        "bool",
+        False,
+        "On a GPU, take operators that give the same bits in every run; one that cannot ends the run. It is slower.",
+    ),
     "solver.recompute": Field(
         "bool",
         True,
@@ -493,6 +516,20 @@ FIELDS = {
     ),
     "solver.clip_grad": Field(
         "float", None, "Largest norm of the gradient. A larger gradient is scaled down to it. None: no limit.", _ABOVE_0
+    ),
+    "solver.patience": Field(
+        "int",
+        None,
+        "Stop after this many epochs without a better validation, of the weights or of their average. None: train for "
+        "all of `solver.epochs`.",
+        _from_to(1, 100000),
+    ),
+    "solver.ema": Field(
+        "float",
+        None,
+        "Keep an average of what is trained, of which each update keeps this share; it is evaluated and saved beside "
+        "the weights. It follows them after about 1 / (1 - `solver.ema`) updates. None: no average.",
+        Rule("above 0 and below 1", lambda value: 0 < value < 1),
     ),
     # test
     "test.view_batch": Field(
@@ -517,6 +554,12 @@ FIELDS = {
     ),
     "logging.print_freq": Field("int", 10, "Print a line every this many iterations.", _from_to(1, 1000000000)),
     "logging.eval_freq": Field("int", 1, "Evaluate every this many epochs.", _from_to(1, 100000)),
+    "logging.wandb": Field(
+        "str",
+        None,
+        "Project of Weights & Biases that the run is reported to. It needs the package of requirements-extras.txt.",
+        _NOT_EMPTY,
+    ),
     "logging.skip_epoch": Field(
         "list of int", [], "Epochs, counted from 0, that are not evaluated. They are saved.", _EPOCHS
     ),

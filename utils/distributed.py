@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError, UserError, quoted
 from utils.launch import LOST, last_progress, report_progress
 
 LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -31,24 +31,23 @@ def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
         timeout_minutes: after so long without an answer of another process, a collective call fails.
 
     Raises:
-        ConfigError: variables of the launcher are missing, or the port is in use.
+        ConfigError: variables of the launcher are missing, the port is in use, or the GPUs cannot be used.
     """
     _adopt_slurm()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    if "RANK" in os.environ and (missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]):
+        raise ConfigError(
+            f"RANK is set, but {', '.join(missing)} is not: start with torchrun or scripts/run_train_vision.sh, or "
+            "unset RANK to run one process"
+        )
+    device = own_device()
     if "RANK" in os.environ and not dist.is_initialized():
-        if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
-            raise ConfigError(
-                f"RANK is set, but {', '.join(missing)} is not: start with torchrun or scripts/run_train_vision.sh, or "
-                "unset RANK to run one process"
-            )
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
         try:
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(minutes=timeout_minutes),
+                device_id=device if device.type == "cuda" else None,
             )
         except dist.DistError as error:
             reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
@@ -56,6 +55,49 @@ def init_distributed(timeout_minutes: float = 10.0) -> torch.device:
                 f"process {os.environ['RANK']}: no connection at {os.environ['MASTER_ADDR']}:"
                 f"{os.environ['MASTER_PORT']} ({reason}); set another MASTER_PORT"
             ) from error
+    return device
+
+
+def device_type() -> str:
+    """`cuda` if PyTorch can use a GPU here, otherwise `cpu`. The variable DEVICE=cpu insists on the CPU.
+
+    Raises:
+        ConfigError: DEVICE has another value, or there are GPUs that PyTorch cannot use.
+    """
+    wish = os.environ.get("DEVICE") or "auto"
+    if wish not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"DEVICE: is {quoted(wish)}, must be auto, cpu or cuda")
+    if wish == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if count := torch.cuda.device_count():
+        raise ConfigError(
+            f"{count} GPU(s) are here, but this PyTorch ({torch.__version__}) cannot use them; most often the driver "
+            f"is older than CUDA {torch.version.cuda} needs: update the driver, install a PyTorch for an older CUDA, "
+            "or set DEVICE=cpu to run on the CPU"
+        )
+    if wish == "cuda":
+        raise ConfigError("DEVICE: is cuda, but PyTorch finds no GPU here; unset it to run on the CPU")
+    return "cpu"
+
+
+def own_device() -> torch.device:
+    """The device of this process; of several GPUs, the one that LOCAL_RANK numbers, which becomes the current one.
+
+    Raises:
+        ConfigError: as from `device_type`, or this machine has fewer GPUs than processes.
+    """
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: PyTorch finds {count}; start one process for each GPU "
+            "(NUM_GPUS of scripts/run_train_vision.sh)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
     return device
 
 
@@ -152,8 +194,11 @@ class Agreement:
     The numbers travel on the CPU beside the computation, in a process group of their own.
     """
 
-    def __init__(self) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, timeout_minutes: float = 10.0) -> None:
+        """`timeout_minutes`: as of `init_distributed`; a group of its own would wait for half an hour."""
+        self._group: Any = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._pending: tuple[Any, torch.Tensor] | None = None  # the work, and the wishes that it reduces
 
     def largest(self, wish: int) -> int:
