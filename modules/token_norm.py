@@ -3,6 +3,7 @@
 Letters: S side width. Rows are the tokens of all clips, frames and patches.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from modules.autograd import normalized
+from modules.autograd import cast_together, normalized
 from modules.recompute import from_first_run, in_second_run
 from utils.distributed import all_reduce, get_world_size
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
     """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over clips, frames and patches.
+
+    `num_batches_tracked` is left to `count_batch`, which counts for all norms of a network together.
 
     Args:
         width: S, the number of channels.
@@ -43,7 +46,6 @@ class TokenBatchNorm(nn.BatchNorm1d):
         elif in_second_run():
             y = F.batch_norm(rows, None, None, self.weight, self.bias, True, 0.0, self.eps)
         else:
-            self.num_batches_tracked += 1
             running = self.running_mean, self.running_var
             y = F.batch_norm(rows, *running, self.weight, self.bias, True, self.momentum, self.eps)
         return y.view_as(x)
@@ -63,11 +65,16 @@ class TokenBatchNorm(nn.BatchNorm1d):
         total, squares, count = sums.split([len(mean), len(mean), 1])
         mean = total / count
         var = squares / count - mean * mean
-        self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         unbiased = var * (count / (count - 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean.to(self.weight.dtype), var.to(self.weight.dtype), count
+
+
+def count_batch(norms: Iterable[TokenBatchNorm]) -> None:
+    """Add 1 to `num_batches_tracked` of the norms that are in training mode, by one operator."""
+    if counts := [norm.num_batches_tracked for norm in norms if norm.training]:
+        torch._foreach_add_(counts, 1)
 
 
 class TokenLayerNorm(nn.LayerNorm):
@@ -78,12 +85,12 @@ class TokenLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., S) -> (..., S)."""
-        return torch.addcmul(self.bias.to(x.dtype), normalized(x, self.eps), self.weight.to(x.dtype))
+        weight, bias = cast_together([self.weight, self.bias], x.dtype)
+        return torch.addcmul(bias, normalized(x, self.eps), weight)
 
-    def then(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """`linear(self(x))` in one pass less: scale and shift are folded into the Linear. (..., S) -> (..., S')."""
-        weight, bias = linear.weight * self.weight, torch.addmv(linear.bias, linear.weight, self.bias)
-        return F.linear(normalized(x, self.eps), weight, bias)
+    def folded_into(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a Linear on `normalized` tokens that gives what `linear` gives after this norm."""
+        return linear.weight * self.weight, torch.addmv(linear.bias, linear.weight, self.bias)
 
 
 class SyncedNorm(torch.autograd.Function):

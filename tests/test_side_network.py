@@ -3,6 +3,7 @@ import torch
 from textbook import textbook_name, textbook_of
 from tiny import SIDE, B, make_inputs, make_side, relative
 
+from modules.autograd import cast_together, normalized
 from modules.side_network import SideNetwork, shift_class_token
 from modules.token_norm import TokenLayerNorm
 
@@ -133,7 +134,8 @@ def test_a_layer_norm_in_bfloat16_has_gradients_of_scale_and_shift_below_a_perce
         rows = x if half else x.double()
         norm.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            out = norm.then(linear, rows) if folded else norm(rows)
+            affine = cast_together(norm.folded_into(linear), rows.dtype)
+            out = torch.nn.functional.linear(normalized(rows, norm.eps), *affine) if folded else norm(rows)
         out.backward(grad.to(out.dtype))
         found[half] = norm.weight.grad.double(), norm.bias.grad.double()
     for ours, exact in zip(found[True], found[False], strict=True):
