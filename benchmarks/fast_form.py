@@ -66,7 +66,7 @@ def main() -> None:
     lines.append(
         compare(
             "temporal convolution alone, each in its own layout",
-            lambda: ThreeTaps.apply(rows, conv.taps().contiguous(), conv.bias),
+            lambda: ThreeTaps.apply(rows, conv.taps(), conv.bias),
             lambda: plain(volume),
         )
     )

@@ -28,16 +28,23 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return ((x.t() @ grad).t() if wide else grad.t() @ x).to(dtype)
 
 
-def channel_sums(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """grad and x (rows, S) -> sums over rows of grad * x and of grad, (S) each, in float32 or wider.
+class ChannelSums:
+    """Sums over rows of products of two tensors, for each channel.
 
-    The backward pass of BatchNorm with mean 0 and deviation 1 gives both sums in one pass that writes nothing else.
+    The backward pass of BatchNorm with mean 0 and deviation 1 gives them in one pass, which writes nothing else.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    zeros, ones = (x.new_full((x.shape[-1],), value, dtype=dtype) for value in (0.0, 1.0))
-    backward = torch.ops.aten.native_batch_norm_backward
-    _, products, grads = backward(grad, x, ones, None, None, zeros, ones, True, 0.0, [False, True, True])
-    return products, grads
+
+    def __init__(self, like: Tensor):
+        """`like` (..., S): sums are taken in float32, or in its dtype if that is wider."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self._zeros = like.new_zeros(like.shape[-1], dtype=dtype)
+        self._ones = self._zeros + 1
+
+    def __call__(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """grad and x (rows, S) -> sums of grad * x and of grad, (S) each."""
+        backward, none = torch.ops.aten.native_batch_norm_backward, None
+        result = backward(grad, x, self._ones, none, none, self._zeros, self._ones, True, 0.0, [False, True, True])
+        return result[1], result[2]
 
 
 class ThreeTaps(torch.autograd.Function):
@@ -48,7 +55,8 @@ class ThreeTaps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, N, S), weight (3, S), bias (S), all of one dtype -> (B, T, N, S)."""
+        """x (B, T, N, S), weight (S, 3), bias (S), all of one dtype -> (B, T, N, S)."""
+        weight = weight.t().contiguous()
         ctx.save_for_backward(x, weight)
         w0, w1, w2 = weight.unbind(0)
         y = torch.addcmul(bias, x, w1)
@@ -67,12 +75,13 @@ class ThreeTaps(torch.autograd.Function):
         frame, S = x[0, 0].numel(), x.shape[-1]
         before, after = x[:-1, -1:] * grad[1:, :1], x[1:, :1] * grad[:-1, -1:]  # of neighbours in two different clips
         rows, grads = x.flatten(), grad.flatten()
-        sums, grad_bias = channel_sums(grads.view(-1, S), rows.view(-1, S))
-        first, _ = channel_sums(grads[frame:].view(-1, S), rows[:-frame].view(-1, S))
-        last, _ = channel_sums(grads[:-frame].view(-1, S), rows[frame:].view(-1, S))
-        first -= before.flatten(0, -2).sum(0, dtype=sums.dtype)
-        last -= after.flatten(0, -2).sum(0, dtype=sums.dtype)
-        return grad_x, torch.stack([first, sums, last]), grad_bias
+        sums = ChannelSums(x)
+        now, grad_bias = sums(grads.view(-1, S), rows.view(-1, S))
+        first, _ = sums(grads[frame:].view(-1, S), rows[:-frame].view(-1, S))
+        last, _ = sums(grads[:-frame].view(-1, S), rows[frame:].view(-1, S))
+        first -= before.flatten(0, -2).sum(0, dtype=now.dtype)
+        last -= after.flatten(0, -2).sum(0, dtype=now.dtype)
+        return grad_x, torch.stack([first, now, last], dim=1), grad_bias
 
 
 class Fuse(torch.autograd.Function):
@@ -81,7 +90,7 @@ class Fuse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, N, S), tokens (B, T, 1 + N, S) -> 0.5 x + 0.5 patches (B, T, N, S), class tokens (B, T, S)."""
-        return torch.lerp(x, tokens[:, :, 1:], 0.5), tokens[:, :, 0].clone()
+        return torch.lerp(x, tokens[:, :, 1:], 0.5), tokens[:, :, 0]
 
     @staticmethod
     @once_differentiable
@@ -159,6 +168,29 @@ def normalized(x: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
+class FoldedNorm(torch.autograd.Function):
+    """Scale and shift of a LayerNorm, folded into the Linear that follows it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """weight (S, D), bias (S), scale and shift (D) -> weight (S, D) and bias (S) for tokens without both."""
+        ctx.save_for_backward(weight, scale, shift)
+        return weight * scale, torch.addmv(bias, weight, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor, ...]:
+        return FoldedNorm.unfold(grad_weight, grad_bias, *ctx.saved_tensors)
+
+    @staticmethod
+    def unfold(
+        grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the folded weight and bias -> those of weight, bias, scale and shift."""
+        unfolded = torch.addcmul(torch.outer(grad_bias, shift), grad_weight, scale)
+        return unfolded, grad_bias, (grad_weight * weight).sum(0), torch.mv(weight.t(), grad_bias)
+
+
 class FrozenLinear(torch.autograd.Function):
     """Linear(tokens) or Linear(LayerNorm(tokens)), for tokens that need no gradient.
 
@@ -204,9 +236,8 @@ class FrozenLinear(torch.autograd.Function):
             x = tokens.flatten(0, -2).to(grad.dtype)
             return None, weight_gradient(grad, x, weight.dtype), grad_bias, None, None, None
         x = FrozenLinear.normalized_tokens(tokens, grad.dtype, ctx.eps).flatten(0, -2)
-        common = weight_gradient(grad, x, weight.dtype)  # (S, D)
-        grad_weight = torch.addcmul(torch.outer(grad_bias, norm_bias), common, norm_weight)
-        return None, grad_weight, grad_bias, (common * weight).sum(0), grad_bias @ weight, None
+        folded = weight_gradient(grad, x, weight.dtype)  # (S, D)
+        return None, *FoldedNorm.unfold(folded, grad_bias, weight, norm_weight, norm_bias), None
 
 
 class NeighbourSum(torch.autograd.Function):
@@ -218,8 +249,8 @@ class NeighbourSum(torch.autograd.Function):
         ctx.bias_dtype = bias.dtype
         before, now, after = products.chunk(3, dim=-1)
         x = now + bias.to(now.dtype)
-        x[:, 1:] += before[:, :-1]
-        x[:, :-1] += after[:, 1:]
+        x[:, 1:].add_(before[:, :-1])
+        x[:, :-1].add_(after[:, 1:])
         return x
 
     @staticmethod

@@ -91,8 +91,8 @@ class TemporalConv(nn.Conv3d):
         super().__init__(width, width, (3, 1, 1), padding=(1, 0, 0), groups=width)
 
     def taps(self) -> Tensor:
-        """(3, S)."""
-        return self.weight.view(-1, 3).t()
+        """(S, 3)."""
+        return self.weight.view(-1, 3)
 
 
 def shift_class_token(class_tokens: Tensor) -> Tensor:

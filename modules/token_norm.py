@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from modules.autograd import cast_together, normalized
+from modules.autograd import FoldedNorm, cast_together, normalized
 from modules.recompute import from_first_run, in_second_run
 from utils.distributed import all_reduce, get_world_size
 
@@ -90,7 +90,7 @@ class TokenLayerNorm(nn.LayerNorm):
 
     def folded_into(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a Linear on `normalized` tokens that gives what `linear` gives after this norm."""
-        return linear.weight * self.weight, torch.addmv(linear.bias, linear.weight, self.bias)
+        return FoldedNorm.apply(linear.weight, linear.bias, self.weight, self.bias)
 
 
 class SyncedNorm(torch.autograd.Function):
