@@ -143,7 +143,8 @@ def refuse_other_arguments(kwargs: dict[str, Any]) -> None:
 class QuickGELUMlp(nn.Module):
     """Linear, QuickGELU, Linear: the MLP of a block of CLIP, with the activation in one pass over the tokens.
 
-    QuickGELU(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702. Both factors go into the products.
+    QuickGELU(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702. Both factors go into the products. The bias is scaled
+    apart: a factor of the bias in `addmm` would make CUDA write the bias to every row first.
     """
 
     FACTOR = 1.702
@@ -152,10 +153,20 @@ class QuickGELUMlp(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = fc1, fc2
 
+    @staticmethod
+    def can_replace(mlp: nn.Module) -> bool:
+        """True for timm's `Mlp` with QuickGELU, biases, and nothing else in between."""
+        return (
+            isinstance(mlp, Mlp)
+            and isinstance(mlp.act, QuickGELU)
+            and isinstance(mlp.norm, nn.Identity)
+            and all(isinstance(fc, nn.Linear) and fc.bias is not None for fc in (mlp.fc1, mlp.fc2))
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         rows, factor = x.flatten(0, -2), self.FACTOR
-        rows = torch.addmm(self.fc1.bias, rows, self.fc1.weight.t(), beta=factor, alpha=factor)
+        rows = torch.addmm(self.fc1.bias * factor, rows, self.fc1.weight.t(), alpha=factor)
         rows = F.silu(rows, inplace=True)
         return torch.addmm(self.fc2.bias, rows, self.fc2.weight.t(), alpha=1 / factor).view_as(x)
 
@@ -233,9 +244,8 @@ class FrozenTower(nn.Module):
         self.layers = choose_layers(side_layers, self.depth)
         vit.prune_intermediate_layers(self.layers, prune_norm=True, prune_head=True)
         for block in vit.blocks:
-            mlp: Any = block.mlp
-            plain = isinstance(mlp, Mlp) and isinstance(mlp.act, QuickGELU) and isinstance(mlp.norm, nn.Identity)
-            if plain and mlp.fc1.bias is not None and mlp.fc2.bias is not None:
+            mlp = cast(Any, block.mlp)
+            if QuickGELUMlp.can_replace(mlp):
                 block.mlp = QuickGELUMlp(mlp.fc1, mlp.fc2)
         self.pretrained_cfg = cast(dict[str, Any], vit.pretrained_cfg)
         self.timm_size: int = self.pretrained_cfg["input_size"][-1]

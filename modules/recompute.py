@@ -4,7 +4,7 @@ Between the two runs only the part's inputs are kept. torch.utils.checkpoint doe
 
 - a value that must not be computed twice is taken from the first run (`from_first_run`), so BatchNorm updates its
   running statistics once and exchanges statistics with other processes once;
-- the second run skips the product of a `ResidualLinear`, because no gradient depends on it.
+- the second run skips a `residual_linear` at the end, because no gradient depends on its result.
 
 Layers ask for the current run with `in_second_run` and `from_first_run`. Where nothing is recomputed, every run is a
 first run and nothing is kept.
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from modules.autograd import GradientOnlyLinear
 
@@ -103,12 +104,11 @@ def recomputed(part: nn.Module, *inputs: Tensor) -> Tensor:
     return Recomputed.apply(part, len(inputs), *inputs, *part.parameters())
 
 
-class ResidualLinear(nn.Linear):
-    """A Linear whose result is only added to the result of a part, as at the end of a residual branch.
+def residual_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """residual + Linear(x), as at the end of a part: (..., S) + (..., width in) -> (..., S).
 
-    No gradient of the part depends on the result, so a second run skips the product.
+    No gradient of the part depends on the result, so a second run computes neither the product nor the sum.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width in) -> (..., width out); zeros with the Linear's gradients in a second run."""
-        return GradientOnlyLinear.apply(x, self.weight, self.bias) if in_second_run() else super().forward(x)
+    if in_second_run():
+        return GradientOnlyLinear.apply(residual, x, weight, bias)
+    return residual + F.linear(x, weight, bias)

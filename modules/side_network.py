@@ -15,19 +15,32 @@ Tokens are channels-last and contiguous, (B, T, N, S): pointwise convolutions ar
 and nothing is transposed. tests/textbook.py has the plain nn.Conv3d form, which gives the same results.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modules.autograd import FrozenLinear, PatchLinear, ThreeTaps
-from modules.recompute import ResidualLinear, recomputed
+from modules.autograd import (
+    FrameTokens,
+    FrozenLinear,
+    Fuse,
+    NeighbourSum,
+    PatchLinear,
+    ShiftClassToken,
+    SplitHeads,
+    ThreeTaps,
+    cast_together,
+    normalized,
+)
+from modules.recompute import recomputed, residual_linear
 from modules.token_norm import TokenBatchNorm, TokenLayerNorm, count_batch
 
 HEAD_WIDTH = 64
 NormPlacement = Literal["pre", "post"]
+Affine = tuple[Tensor, Tensor]  # weight and bias
 
 
 class TubeletStem(nn.Conv3d):
@@ -53,42 +66,38 @@ class TubeletStem(nn.Conv3d):
 
     def sum_of_neighbours(self, products: Tensor) -> Tensor:
         """Products of consecutive frames (B, T, N, 3S) -> (B, T, N, S)."""
-        before, now, after = products.split(self.out_channels, dim=-1)
-        x = now + self.bias.to(now.dtype)
-        x[:, 1:] += before[:, :-1]
-        x[:, :-1] += after[:, 1:]
-        return x
+        return NeighbourSum.apply(products, self.bias)
 
 
 class PointwiseConv(nn.Conv3d):
-    """Conv3d 1x1x1 on channels-last tokens: a matrix product. The weight keeps Conv3d's shape (S, S, 1, 1, 1)."""
+    """Weights of a Conv3d 1x1x1, (S, S, 1, 1, 1). On channels-last tokens it is a matrix product."""
+
+    bias: Tensor
 
     def __init__(self, width: int):
         super().__init__(width, width, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., S) -> (..., S)."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+    def as_matrix(self) -> Tensor:
+        """(S, S)."""
+        return self.weight.flatten(1)
 
 
 class TemporalConv(nn.Conv3d):
-    """Depthwise Conv3d (3, 1, 1), padding (1, 0, 0), on channels-last tokens. The weight has shape (S, 1, 3, 1, 1)."""
+    """Weights of a depthwise Conv3d (3, 1, 1), padding (1, 0, 0), (S, 1, 3, 1, 1). `ThreeTaps` computes it."""
+
+    bias: Tensor
 
     def __init__(self, width: int):
         super().__init__(width, width, (3, 1, 1), padding=(1, 0, 0), groups=width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, N, S) -> (B, T, N, S)."""
-        return ThreeTaps.apply(x, self.weight.view(-1, 3).t().contiguous(), self.bias)
+    def taps(self) -> Tensor:
+        """(S, 3)."""
+        return self.weight.view(-1, 3)
 
 
 def shift_class_token(class_tokens: Tensor) -> Tensor:
     """(B, T, S) -> (B, T, S): channels below S // 2 come from frame t + 1, the others from t - 1; zeros at the ends."""
-    half = class_tokens.shape[-1] // 2
-    shifted = torch.zeros_like(class_tokens)
-    shifted[:, :-1, :half] = class_tokens[:, 1:, :half]
-    shifted[:, 1:, half:] = class_tokens[:, :-1, half:]
-    return shifted
+    return ShiftClassToken.apply(class_tokens)
 
 
 class FrameAttention(nn.Module):
@@ -100,37 +109,32 @@ class FrameAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, norm: TokenLayerNorm | None = None) -> Tensor:
-        """(B, T, 1 + N, S), class token first -> (B, T, N, S). `norm` is applied to the tokens first."""
-        query, key, value = self._heads(tokens, norm)
-        x = F.scaled_dot_product_attention(query[:, :, 1:], key, value)
-        return self.proj(x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2]))
+    def forward(self, tokens: Tensor, qkv: Affine | None = None, proj: Affine | None = None) -> Tensor:
+        """(B, T, 1 + N, S), class token first -> (B, T, N, S). `qkv` and `proj` replace the layer's own weights."""
+        query, key, value = self._heads(tokens, qkv)
+        x = F.scaled_dot_product_attention(query, key, value)
+        x = x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2])
+        return F.linear(x, *(proj or (self.proj.weight, self.proj.bias)))
 
-    def weights(self, tokens: Tensor, norm: TokenLayerNorm | None = None) -> Tensor:
-        """(B, T, 1 + N, S) -> (B, T, S // 64, N, 1 + N): what each query takes of each key. For pictures only."""
-        query, key, _ = self._heads(tokens, norm)
-        products = query[:, :, 1:] @ key.transpose(-1, -2) * HEAD_WIDTH**-0.5
+    def weights(self, tokens: Tensor, qkv: Affine | None = None, proj: Affine | None = None) -> Tensor:
+        """What each query takes of each key, (B, T, S // 64, N, 1 + N); arguments of `forward`. For pictures only."""
+        query, key, _ = self._heads(tokens, qkv)
+        products = query @ key.transpose(-1, -2) * HEAD_WIDTH**-0.5
         return products.softmax(dim=-1).unflatten(0, tokens.shape[:2])
 
-    def _heads(self, tokens: Tensor, norm: TokenLayerNorm | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B * T, S // 64, 1 + N, 64) each."""
-        qkv = self.qkv(tokens) if norm is None else norm.then(self.qkv, tokens)
-        qkv = qkv.flatten(0, 1).unflatten(-1, (3, self.num_heads, HEAD_WIDTH))
-        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))
-        return query, key, value
+    def _heads(self, tokens: Tensor, qkv: Affine | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the patches, (B * T, S // 64, N, 64), keys and values, (B * T, S // 64, 1 + N, 64) each."""
+        products = F.linear(tokens.flatten(0, 1), *(qkv or (self.qkv.weight, self.qkv.bias)))
+        return SplitHeads.apply(products, self.num_heads)
 
 
 class Mlp(nn.Module):
-    """Linear S -> 4S, exact GELU, Linear 4S -> S of the class `last`."""
+    """Weights of Linear S -> 4S, exact GELU, Linear 4S -> S."""
 
-    def __init__(self, width: int, last: type[nn.Linear] = nn.Linear):
+    def __init__(self, width: int):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = last(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., S) -> (..., S)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        self.fc2 = nn.Linear(4 * width, width)
 
 
 class LayerProjection(nn.Module):
@@ -150,6 +154,19 @@ class LayerProjection(nn.Module):
         return norm(FrozenLinear.apply(tokens, linear.weight, linear.bias))
 
 
+class BlockWeights(NamedTuple):
+    """What the products of a side block read: pairs of weight and bias in the type of the tokens, and `pos` (N, S)."""
+
+    pos: Tensor
+    conv_in: Affine
+    taps: Affine
+    conv_out: Affine
+    qkv: Affine
+    proj: Affine
+    fc1: Affine
+    fc2: Affine
+
+
 class SideBlock(nn.Module):
     """One side layer: temporal convolution, attention inside each frame, feed-forward, each with a residual."""
 
@@ -161,22 +178,38 @@ class SideBlock(nn.Module):
         self.ln_1 = TokenLayerNorm(width)
         self.attn = FrameAttention(width)
         self.bn_2 = TokenBatchNorm(width, sync_bn)
-        self.mlp = Mlp(width, last=ResidualLinear if norm_placement == "pre" else nn.Linear)
+        self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
-        """Tokens (B, T, N, S), shifted class tokens (B, T, 1, S), position table (N, S) -> (B, T, N, S)."""
-        if self.norm_placement == "pre":
-            x = x + self.conv(self.bn_1(x))
-            x = x + self.attn(self._frame_tokens(x, shifted, pos), self.ln_1)
-            return x + self.mlp(self.bn_2(x))
-        x = x + self.bn_1(self.conv(x))
-        x = x + self.ln_1(self.attn(self._frame_tokens(x, shifted, pos)))
-        return x + self.bn_2(self.mlp(x))
+        """Tokens (B, T, N, S), shifted class tokens (B, T, S), position table (N, S) -> (B, T, N, S).
+
+        All products and norms run in the type of `x`, which the stem takes from autocast.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            w = self.weights(pos, x.dtype)
+            if self.norm_placement == "pre":
+                x = x + self.temporal(self.bn_1(x), w)
+                tokens = normalized(FrameTokens.apply(x, shifted, w.pos), self.ln_1.eps)  # ln_1 goes on in w.qkv
+                x = x + self.attn(tokens, w.qkv, w.proj)
+                return residual_linear(x, F.gelu(F.linear(self.bn_2(x), *w.fc1)), *w.fc2)
+            x = x + self.bn_1(self.temporal(x, w))
+            x = x + self.ln_1(self.attn(FrameTokens.apply(x, shifted, w.pos), w.qkv, w.proj))
+            return x + self.bn_2(F.linear(F.gelu(F.linear(x, *w.fc1)), *w.fc2))
 
     @staticmethod
-    def _frame_tokens(x: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
-        """What attention reads, (B, T, 1 + N, S): the shifted class token, then patch tokens with their positions."""
-        return torch.cat([shifted.to(x.dtype), x + pos.to(x.dtype)], dim=2)
+    def temporal(x: Tensor, w: BlockWeights) -> Tensor:
+        """Pointwise convolution, three taps over time, pointwise convolution: (B, T, N, S) -> (B, T, N, S)."""
+        return F.linear(ThreeTaps.apply(F.linear(x, *w.conv_in), *w.taps), *w.conv_out)
+
+    def weights(self, pos: Tensor, dtype: torch.dtype) -> BlockWeights:
+        """The weights in the type of the tokens, cast together; variant `pre` has `ln_1` folded into `qkv`."""
+        conv_in, taps, conv_out = cast(tuple[PointwiseConv, TemporalConv, PointwiseConv], tuple(self.conv))
+        qkv, proj, fc1, fc2 = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
+        folded = self.ln_1.folded_into(qkv) if self.norm_placement == "pre" else (qkv.weight, qkv.bias)
+        linears = [(linear.weight, linear.bias) for linear in (proj, fc1, fc2)]
+        pairs = [(conv_in.as_matrix(), conv_in.bias), (taps.taps(), taps.bias), (conv_out.as_matrix(), conv_out.bias)]
+        pos, *parts = cast_together([pos, *itertools.chain(*pairs, folded, *linears)], dtype)
+        return BlockWeights(pos, *zip(parts[::2], parts[1::2], strict=True))
 
 
 class SideNetwork(nn.Module):
@@ -227,7 +260,6 @@ class SideNetwork(nn.Module):
         else:
             self.post_bn = nn.Identity()
             nn.init.normal_(self.pos, std=0.02)
-        self._norms = [module for module in self.modules() if isinstance(module, TokenBatchNorm)]
 
     @property
     def width(self) -> int:
@@ -271,12 +303,10 @@ class SideNetwork(nn.Module):
 
     def mix_frames(self, products: Tensor, projected: Iterable[Tensor]) -> Tensor:
         """The parts of consecutive frames, see `frame_parts` -> features (B, S)."""
-        if self.training:
-            count_batch(self._norms)
+        count_batch(module for module in self.modules() if isinstance(module, TokenBatchNorm))
         x = self.stem_bn(self.stem.sum_of_neighbours(products))
         for block, tokens in zip(self.blocks, projected, strict=True):
-            class_tokens, patches = tokens.split([1, tokens.shape[2] - 1], dim=2)
-            shifted = shift_class_token(class_tokens.squeeze(2)).unsqueeze(2)
-            x = (x + patches).mul_(0.5)
+            x, class_tokens = Fuse.apply(x, tokens)
+            shifted = shift_class_token(class_tokens)
             x = recomputed(block, x, shifted, self.pos) if self.recompute else block(x, shifted, self.pos)
         return self.post_bn(x).mean(dim=(1, 2))

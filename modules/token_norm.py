@@ -3,7 +3,7 @@
 Letters: S side width. Rows are the tokens of all clips, frames and patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from modules.autograd import normalized
+from modules.autograd import FoldedNorm, cast_together, normalized
 from modules.recompute import from_first_run, in_second_run
 from utils.distributed import all_reduce, get_world_size
 
@@ -19,7 +19,7 @@ from utils.distributed import all_reduce, get_world_size
 class TokenBatchNorm(nn.BatchNorm1d):
     """BatchNorm3d (eps 1e-5, momentum 0.1) on channels-last tokens: statistics over clips, frames and patches.
 
-    `num_batches_tracked` is left to `count_batch`, because it is one operator for all norms of a network.
+    `num_batches_tracked` is left to `count_batch`, which counts for all norms of a network together.
 
     Args:
         width: S, the number of channels.
@@ -72,9 +72,10 @@ class TokenBatchNorm(nn.BatchNorm1d):
         return mean.to(self.weight.dtype), var.to(self.weight.dtype), count
 
 
-def count_batch(norms: Sequence[TokenBatchNorm]) -> None:
-    """Count a batch in all norms at once."""
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+def count_batch(norms: Iterable[TokenBatchNorm]) -> None:
+    """Add 1 to `num_batches_tracked` of the norms that are in training mode, by one operator."""
+    if counts := [norm.num_batches_tracked for norm in norms if norm.training]:
+        torch._foreach_add_(counts, 1)
 
 
 class TokenLayerNorm(nn.LayerNorm):
@@ -85,12 +86,12 @@ class TokenLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., S) -> (..., S)."""
-        return torch.addcmul(self.bias.to(x.dtype), normalized(x, self.eps), self.weight.to(x.dtype))
+        weight, bias = cast_together([self.weight, self.bias], x.dtype)
+        return torch.addcmul(bias, normalized(x, self.eps), weight)
 
-    def then(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """`linear(self(x))` in one pass less: scale and shift are folded into the Linear. (..., S) -> (..., S')."""
-        weight, bias = linear.weight * self.weight, torch.addmv(linear.bias, linear.weight, self.bias)
-        return F.linear(normalized(x, self.eps), weight, bias)
+    def folded_into(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a Linear on `normalized` tokens that gives what `linear` gives after this norm."""
+        return FoldedNorm.apply(linear.weight, linear.bias, self.weight, self.bias)
 
 
 class SyncedNorm(torch.autograd.Function):

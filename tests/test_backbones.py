@@ -3,11 +3,12 @@
 import pytest
 import timm
 import torch
-from tiny import TOWER, published_form, tiny_config, tiny_tower
+from timm.layers import Mlp, QuickGELU
+from tiny import TOWER, published_form, relative, tiny_config, tiny_tower
 
 from engine.configuration import default_config
 from modules import build_model
-from modules.backbones import ARCHITECTURES, FrozenTower, find_architecture
+from modules.backbones import ARCHITECTURES, FrozenTower, QuickGELUMlp, find_architecture
 from modules.hashing import hash_tensors
 from modules.pretrained import load_tower_weights
 from modules.token_norm import TokenBatchNorm
@@ -31,17 +32,34 @@ def test_an_unknown_architecture_names_the_nearest(arch, nearest):
 
 
 @pytest.mark.parametrize("arch", ["ViT-B/16", "timm/vit_tiny_patch16_224", "timm/deit3_small_patch16_224"])
-def test_tokens_equal_timm_forward_intermediates_to_the_bit(arch):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_tokens_equal_timms_own_up_to_the_rounding_of_quick_gelu(arch, dtype, tolerance):
+    """Without QuickGELU to the bit."""
     tower = tiny_tower(arch)
-    clips = torch.randn(2, 3, 3, 32, 32)
-    expected = tower.vit.forward_intermediates(
-        clips.flatten(0, 1), output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
-    )
+    tower.convert(dtype)
+    timms = timm.create_model(find_architecture(arch).timm_name, num_classes=0, img_size=32, **TOWER)
+    timms = timms.eval().to(dtype)
+    timms.load_state_dict(tower.vit.state_dict(), strict=False)
+    clips = torch.randn(2, 3, 3, 32, 32, dtype=dtype)
+    with torch.no_grad():
+        expected = timms.forward_intermediates(
+            clips.flatten(0, 1), output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )
     tokens = list(tower.layer_tokens(clips))
     assert len(tokens) == len(expected) == TOWER["depth"]
     for ours, (patches, class_token) in zip(tokens, expected, strict=True):
+        theirs = torch.cat([class_token, patches], dim=1)
         assert ours.shape == (2, 3, 5, 32) and not ours.requires_grad
-        assert ours.flatten(0, 1).equal(torch.cat([class_token, patches], dim=1))
+        assert relative(ours.flatten(0, 1), theirs) < tolerance
+        assert arch == "ViT-B/16" or ours.flatten(0, 1).equal(theirs)
+
+
+def test_the_quick_gelu_of_a_tower_is_that_of_timm():
+    torch.manual_seed(0)
+    plain = Mlp(16, 64, act_layer=QuickGELU).double()
+    x = 3 * torch.randn(2, 5, 16, dtype=torch.float64)
+    assert relative(QuickGELUMlp(plain.fc1, plain.fc2)(x), plain(x)) < 1e-14
+    assert not any(QuickGELUMlp.can_replace(mlp) for mlp in (Mlp(16), Mlp(16, act_layer=QuickGELU, bias=False)))
 
 
 def test_tokens_are_given_one_block_at_a_time():

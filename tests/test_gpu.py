@@ -107,6 +107,18 @@ def test_half_types_recomputed_or_not_are_near_float32(expected, dtype, scale, t
             assert (grads[name] - grad).abs().max() < 3 * tolerance * largest, name
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_residual_stream_has_one_type_on_the_cpu_and_the_gpu(device, placement):
+    types = []
+    model = small_model(placement).to(first(device))
+    for block in model.trained.side.blocks:
+        block.register_forward_hook(lambda module, inputs, output: types.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        model(torch.randn(2, 2, 3, 96, 96, device=device))
+    assert types and set(types) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("device, compiled", COMPILED)
 def test_recomputing_keeps_less_than_a_third(device, compiled):
     clips = torch.randn(4, 4, 3, 96, 96, device=device)
