@@ -127,6 +127,8 @@ class FrameTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shifted: Tensor, pos: Tensor) -> Tensor:
         """x (B, T, N, S), shifted (B, T, S), pos (N, S), all of one dtype -> (B, T, 1 + N, S)."""
+        if torch.compiler.is_compiling():  # it knows no `out` inside another tensor, and fuses the two by itself
+            return torch.cat([shifted.unsqueeze(2), x + pos], dim=2)
         B, T, N, S = x.shape
         tokens = x.new_empty(B, T, 1 + N, S)
         torch.add(x, pos, out=tokens[:, :, 1:])
