@@ -544,8 +544,7 @@ def test_the_lists_and_roots_that_a_run_needs_must_be_given_and_exist(purpose, e
 @pytest.mark.parametrize("key", ["resume", "pretrain", "network.weights", "data.label_list"])
 def test_a_file_that_is_named_must_exist(key):
     load(f"{key}=last_model.pt")
-    kind = "file or folder" if key == "pretrain" else "file"
-    assert error_line(f"{key}=gone.pt") == f"command line: {key}: no such {kind}: {Path.cwd() / 'gone.pt'}"
+    assert error_line(f"{key}=gone.pt") == f"command line: {key}: no such file: {Path.cwd() / 'gone.pt'}"
 
 
 def test_hub_is_no_file():

@@ -128,7 +128,7 @@ def test_one_training_step_changes_the_side_tensors_only(name):
 
 def test_pixels_are_normalised_as_the_tower_was_trained(monkeypatch):
     seen, forward = [], Side4Video.forward
-    monkeypatch.setattr(Side4Video, "forward", lambda self, clips: seen.append(clips) or forward(self, clips))
+    monkeypatch.setattr(Side4Video, "forward", lambda self, *given: seen.append(given[0]) or forward(self, *given))
     batch = pixel_batch(1)
     train_steps([batch], 1, network={"arch": "timm/vit_base_patch16_siglip_224", "backbone_kwargs": TINY})
     torch.testing.assert_close(seen[0], batch["clips"].float() / 255 * 2 - 1)

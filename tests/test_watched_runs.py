@@ -128,7 +128,7 @@ def trainings_of_two(rank: int, folder: str, config: str, ports: list[str]) -> N
             """The rows of the last update are written, its checkpoint is not."""
             seen.append(step)
             if len(seen) == updates:
-                self._writer.wait()
+                self.wait()
                 raise Killed
             act(self, decided, epoch, step)
 
