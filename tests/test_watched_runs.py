@@ -19,9 +19,9 @@ from tiny import REPOSITORY, free_port, train_run
 from torch import multiprocessing
 
 import train as train_program
-from engine import checkpointing
 from engine.configuration import read_config
 from engine.metrics_file import read_rows
+from engine.reporter import Reporter
 from utils.distributed import close_distributed
 
 ROW = ["logging.print_freq=1", "data.batch_size=2"]
@@ -119,20 +119,19 @@ def trainings_of_two(rank: int, folder: str, config: str, ports: list[str]) -> N
     os.environ |= {"CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     sys.addaudithook(note)
-    act = checkpointing.Saver._act
+    whole_step = Reporter.step
     results = []
-    for (name, updates), port in zip((("whole", 0), ("killed", 3), ("killed", 4), ("killed", 0)), ports, strict=True):
+    for (name, steps), port in zip((("whole", 0), ("killed", 3), ("killed", 4), ("killed", 0)), ports, strict=True):
         os.environ["MASTER_PORT"], seen = port, []
 
-        def killed(self, decided, epoch, step, updates=updates, seen=seen):
-            """The rows of the last update are written, its checkpoint is not."""
-            seen.append(step)
-            if len(seen) == updates:
-                self.wait()
+        def step(self, iteration, loss, learning_rate, steps=steps, seen=seen):
+            """The row of the last step is written, its checkpoint is not."""
+            whole_step(self, iteration, loss, learning_rate)
+            seen.append(iteration)
+            if len(seen) == steps:
                 raise Killed
-            act(self, decided, epoch, step)
 
-        checkpointing.Saver._act = killed
+        Reporter.step = step
         try:
             results.append(train_program.train(read_config(config, ["resume=auto", *TWO]), f"{folder}/{name}"))
         except Killed:
