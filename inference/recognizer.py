@@ -116,7 +116,8 @@ class Recognizer:
         settings = read_settings(content, path, config, overrides, chosen, precision, workers)
         model = load_whole_model(settings, content, path, weights)
         model.place(chosen)
-        log.info("the tower runs in %s on %s", settings.network.backbone_dtype, chosen)
+        if settings.network.backbone_dtype != "float32":
+            log.info("the tower runs in %s on %s", settings.network.backbone_dtype, chosen)
         names = class_names_of(content, settings)
         return cls(model, settings, names, prepare_precision(settings.solver, chosen))
 
