@@ -159,8 +159,7 @@ def export(
 
     Args:
         recognizer: on the CPU, with the precision fp32.
-        half: store weights in float16, and compute products in it, as the precision fp16 does; BatchNorm and what
-            float16 products are added up in stay float32.
+        half: store weights in float16 and compute in it; BatchNorm's parameters and statistics stay in float32.
         check: compare the written files with the model, on uint8 clips (B, T, 3, H, W) by the name of their kind; B is
             at least the largest of BATCHES. The files are kept only if all scores agree.
 

