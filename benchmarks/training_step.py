@@ -1,11 +1,11 @@
 """Memory and time of a training step and of evaluation, against the textbook form of tests/textbook.py.
 
-    python -m benchmarks.training_step [--arch ViT-B/16 ...] [--clips 1 2] [--rounds 7] [--eager] [--half]
+    python -m benchmarks.training_step [--arch ViT-B/16 ...] [--clips 1 2] [--rounds 7] [--eager]
 
-All forms share one tower with seeded weights, and one batch, in float32, and run in turns in one process. Medians of
-seconds and of the ratios of each round. Writes benchmarks/results/training_step_<tower>.txt for each tower. With
-`--half`, the tower of all forms is in bfloat16 and their steps run under autocast; only times are measured, into
-training_step_<tower>_half.txt.
+All forms share one tower with seeded weights, and one batch, and run in turns in one process: in float32, and in
+bfloat16 (the tower in bfloat16, the side network under autocast). Medians of seconds, and of the ratios of each round,
+of elapsed and of processor time; the latter says more on a machine that others use. Writes
+benchmarks/results/training_step_<tower>.txt for each tower.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,18 @@ MIB = 2**20
 class Model(nn.Module):
     """A tower and a side network, ours or the textbook's."""
 
-    def __init__(self, tower: FrozenTower, side: nn.Module, half: bool = False):
+    def __init__(self, tower: FrozenTower, side: nn.Module):
         super().__init__()
-        self.tower, self.side, self.half = tower, side, half
+        self.tower, self.side = tower, side
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Clips (B, T, 3, H, W) -> features (B, S), letters as in modules/side_network.py."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+        """Clips (B, T, 3, H, W) -> features (B, S), under autocast if the tower is in bfloat16."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.tower.dtype == torch.bfloat16):
             return self.side(clips, self.tower.layer_tokens(clips))
 
     def step(self, clips: Tensor) -> None:
         """Forward and backward."""
-        self(clips).sum().backward()
+        self(clips).float().sum().backward()
         self.side.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -91,21 +92,41 @@ def build(arch: str, eager: bool) -> dict[str, Model]:
     return forms
 
 
-def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Name -> median seconds, and median of the ratios to the first run of the same round."""
-    rows = []
+class Timing(NamedTuple):
+    """Medians: seconds, and the ratios of elapsed and of processor time to the first form of the same round."""
+
+    seconds: float
+    ratio: float
+    processor_ratio: float
+
+
+def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, Timing]:
+    """Time every run `rounds` times, one after the other in each round."""
+    elapsed, processor = [], []
     for _ in range(rounds + 1):
         row = []
         for run in runs.values():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             run()
-            row.append(time.perf_counter() - started)
-        rows.append(row)
-    rows = rows[1:]  # the first round warms up, and compiles
+            row.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+        elapsed.append([seconds for seconds, _ in row])
+        processor.append([seconds for _, seconds in row])
+    elapsed, processor = elapsed[1:], processor[1:]  # the first round warms up, and compiles
     return {
-        name: (statistics.median(r[i] for r in rows), statistics.median(r[i] / r[0] for r in rows))
+        name: Timing(
+            statistics.median(row[i] for row in elapsed),
+            *(statistics.median(row[i] / row[0] for row in rows) for rows in (elapsed, processor)),
+        )
         for i, name in enumerate(runs)
     }
+
+
+def timing_lines(timings: dict[str, Timing], clips: int = 1) -> list[str]:
+    """A line for each form."""
+    return [
+        f"    {name:34} {timing.seconds / clips:8.3f}   {timing.ratio:.2f}   {timing.processor_ratio:.2f}"
+        for name, timing in timings.items()
+    ]
 
 
 def floor_bytes(tower: FrozenTower, side_width: int, num_clips: int) -> int:
@@ -148,35 +169,25 @@ def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
             models[name].step(clips)
     lines.append("  operators a step: " + ", ".join(f"{name} {count.operators}" for name, count in counts.items()))
 
-    timed, steps, views = measure_times(models, clips, rounds)
-    lines += timed
-    lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
-    return lines
-
-
-def measure_times(models: dict[str, Model], clips: Tensor, rounds: int) -> tuple[list[str], dict, dict]:
-    """(lines, times of steps, times of evaluations) as of `time_in_turns`."""
     steps = time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds)
-    lines = ["  seconds a step, ratio to textbook"]
-    lines += [f"    {name:30} {seconds:8.3f}   {ratio:.2f}" for name, (seconds, ratio) in steps.items()]
+    lines += ["  seconds a step, ratio to textbook of elapsed and of processor time", *timing_lines(steps)]
+
     views = time_in_turns(
         {name: lambda m=m: m.views(clips) for name, m in models.items() if not name.startswith("no ")}, rounds
     )
-    lines.append("  seconds a view in evaluation, ratio to textbook")
-    lines += [
-        f"    {name.replace('recompute', 'ours'):30} {seconds / len(clips):8.3f}   {ratio:.2f}"
-        for name, (seconds, ratio) in views.items()
-    ]
-    return lines, steps, views
+    views = {name.replace("recompute", "ours"): timing for name, timing in views.items()}
+    lines += ["  seconds a view in evaluation, ratios to textbook", *timing_lines(views, num_clips)]
+    lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
 
-
-def measure_half(arch: str, num_clips: int, rounds: int) -> list[str]:
-    """The lines of one tower in bfloat16 and batch size."""
-    models = build(arch, eager=True)
-    models["textbook"].tower.convert(torch.bfloat16)
-    models = {name: Model(model.tower, model.side, half=True) for name, model in models.items()}
-    lines, _, _ = measure_times(models, torch.randn(num_clips, FRAMES, 3, SIZE, SIZE), rounds)
-    return [f"\n{arch}, {num_clips} clip(s) of {FRAMES} frames, tower in bfloat16, autocast in bfloat16", *lines]
+    half = copy.deepcopy(ours.tower)
+    half.convert(torch.bfloat16)
+    models = {name: Model(half, models[name].side) for name in ("textbook", "recompute", "no recompute")}
+    lines.append("  bfloat16: tower in bfloat16, side network under autocast; ratios to textbook")
+    lines += timing_lines(time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds))
+    del models["no recompute"]
+    views = time_in_turns({f"{name}, evaluation": lambda m=m: m.views(clips) for name, m in models.items()}, rounds)
+    lines += timing_lines({name.replace("recompute", "ours"): timing for name, timing in views.items()}, num_clips)
+    return lines
 
 
 def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) -> str:
@@ -188,13 +199,13 @@ def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) 
             with OperatorCount() as count:
                 models[name].step(clips)
             seconds.append(count.product_seconds)
-        parts.append(f"{name} {statistics.median(seconds) / steps['textbook'][0]:.2f}")
+        parts.append(f"{name} {statistics.median(seconds) / steps['textbook'].seconds:.2f}")
     seconds = []
     for _ in range(3):
         with OperatorCount() as count:
             models["recompute"].views(clips)
         seconds.append(count.product_seconds)
-    parts.append(f"evaluation {statistics.median(seconds) / views['textbook'][0]:.2f}")
+    parts.append(f"evaluation {statistics.median(seconds) / views['textbook'].seconds:.2f}")
     return ", ".join(parts)
 
 
@@ -204,24 +215,18 @@ def main() -> None:
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 2], help="batch sizes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="leave out the forms with a compiled tower")
-    parser.add_argument("--half", action="store_true", help="bfloat16: times only, without compiled towers")
     args = parser.parse_args()
     for arch in args.arch:
         lines = [
             describe_machine(),
-            f"{torch.get_num_threads()} threads, {'bfloat16' if args.half else 'float32'}, {args.rounds} rounds in "
-            "turns, medians",
+            f"{torch.get_num_threads()} threads, {args.rounds} rounds in turns, medians",
         ]
         for num_clips in args.clips:
-            if args.half:
-                lines += measure_half(arch, num_clips, args.rounds)
-            else:
-                lines += measure(arch, num_clips, args.rounds, args.eager)
+            lines += measure(arch, num_clips, args.rounds, args.eager)
             torch.compiler.reset()
         text = "\n".join(lines) + "\n"
         sys.stdout.write(text)
-        name = arch.replace("/", "-") + ("_half" if args.half else "")
-        Path(RESULTS.format(name)).write_text(text, encoding="utf-8")
+        Path(RESULTS.format(arch.replace("/", "-"))).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inference.exporting import BATCHES, ONNX, OPSET, Exported, example_clips, export, file_kind, real_clips
-from inference.recognizer import Recognizer, checkpoint_file
+from inference.recognizer import Recognizer
+from modules.checkpoint_places import find_checkpoint
 from tools.recognizer_options import add_source_options, load_recognizer
 from utils.atomic import probe
 from utils.errors import DataError, run_program
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     probe(args.out)
     recognizer = load_recognizer(args)
     check = clips_to_check(recognizer, args.video) if args.verify else None
-    digest = hash_file(checkpoint_file(Path(args.checkpoint)))
+    digest = hash_file(find_checkpoint(args.checkpoint))
     done = export(recognizer, args.out, digest, half=args.half, split=args.split, check=check)
     sys.stdout.write(described(done, args.out.suffix))
 
