@@ -132,13 +132,13 @@ def main(argv):
     for name, kind, default in (("crops", int, 1), ("clips", int, 1), ("window", float, None), ("stride", float, None)):
         parser.add_argument(f"--{name}", type=kind, default=default, choices=(1, 3, 5, 10) if name == "crops" else None)
     args = parser.parse_args(argv)
+    onnxruntime.set_default_logger_severity(3)  # it warns of constants that it does not fold
     if args.window:
         frames, mix = (Model(f"{args.model.removesuffix('.onnx')}-{part}.onnx", part) for part in ("frames", "mix"))
         for start, end, scores in windows(frames, mix, args.video, args.window, args.stride):
             print(f"{start:9.2f} {end:9.2f}  {scores.max():.4f}  {mix.names[scores.argmax()]}", flush=True)
     else:
-        model = Model(args.model)
-        scores = model.scores(args.video, args.crops, args.clips)
+        scores = (model := Model(args.model)).scores(args.video, args.crops, args.clips)
         print(*(f"  {scores[k]:.4f}  {model.names[k]}" for k in np.argsort(-scores, kind="stable")[:5]), sep="\n")
 
 

@@ -75,6 +75,7 @@ FOREIGN = {
     "python -m pip install -r requirements-extras.txt",
     "pip install -r requirements-extras.txt",
     "wandb sync",
+    "hf auth login",
     "hf download laion/CLIP-ViT-B-16-laion2B-s34B-b88K open_clip_model.safetensors open_clip_config.json "
     "--local-dir clip_pretrain/laion",
     "zip -0 -j out/001.zip frames/001/*",
