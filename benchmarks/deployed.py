@@ -51,7 +51,7 @@ def onnx_form(path: Path, threads: int) -> Callable[[Tensor], np.ndarray]:
 
 
 def torch_form(recognizer: Recognizer, compiled: bool) -> Callable[[Tensor], np.ndarray]:
-    recognizer.model.place(torch.device("cpu"), compile_backbone=compiled)
+    recognizer.model.place(torch.device("cpu"), compiled=compiled)
     graph = ScoringGraph(recognizer.model, recognizer.config.data).eval()
     return lambda clips: graph(clips).numpy()
 

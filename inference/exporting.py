@@ -401,8 +401,10 @@ def program_of(path: Path) -> Callable[..., list[Tensor]]:
 
 
 def session_of(path: Path, runtime: ModuleType) -> Callable[..., list[Tensor]]:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # it warns of constants that it does not fold
     try:
-        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has an exception type for each status, without a common base
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path.name}: ONNX Runtime cannot load it ({reason[:300]})") from error

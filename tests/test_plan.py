@@ -286,7 +286,7 @@ def test_the_peak_of_several_runs_is_planned_from_each_alone(monkeypatch, number
         count.restart()
         train_one_epoch(runs, [blank_batch(config) for _ in range(accumulation)], 0)
         counted = count.peak
-    assert memory_module.planned_training_peak([config] * number, 1) == pytest.approx(counted, rel=0.02)
+    assert memory_module.planned_training_peak([config] * number, 1) == pytest.approx(counted, rel=0.05)
 
 
 def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
