@@ -42,13 +42,17 @@ def table_rows(runs: Sequence[Run], config: DotMap) -> list[dict[str, Any]]:
             **values,
             "trained": sum(parameter.numel() for parameter in run.model.trained.parameters()),
             "epochs": progress.epoch,
-            "top1": progress.best,
+            "top1": rounded(progress.best),
             "best_epoch": progress.improved,
         }
         if any(other.average is not None for other in runs):
-            row["top1_ema"] = progress.best_ema
+            row["top1_ema"] = rounded(progress.best_ema)
         rows.append(row)
     return rows
+
+
+def rounded(accuracy: float | None) -> float | None:
+    return None if accuracy is None else round(accuracy, 4)
 
 
 def write_table(path: Path, runs: Sequence[Run], config: DotMap) -> None:

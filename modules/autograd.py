@@ -41,7 +41,9 @@ class ChannelSums:
         self._ones = self._zeros + 1
 
     def __call__(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """grad and x (rows, S) -> sums of grad * x and of grad, (S) each."""
+        """grad and x (rows, S) -> sums of grad * x and of grad, (S) each; 0 without rows."""
+        if not len(x):
+            return self._zeros, self._zeros
         backward, none = torch.ops.aten.native_batch_norm_backward, None
         result = backward(grad, x, self._ones, none, none, self._zeros, self._ones, True, 0.0, [False, True, True])
         return result[1], result[2]
@@ -79,8 +81,8 @@ class ThreeTaps(torch.autograd.Function):
         now, grad_bias = sums(grads.view(-1, S), rows.view(-1, S))
         first, _ = sums(grads[frame:].view(-1, S), rows[:-frame].view(-1, S))
         last, _ = sums(grads[:-frame].view(-1, S), rows[frame:].view(-1, S))
-        first -= before.flatten(0, -2).sum(0, dtype=now.dtype)
-        last -= after.flatten(0, -2).sum(0, dtype=now.dtype)
+        first = first - before.flatten(0, -2).sum(0, dtype=now.dtype)
+        last = last - after.flatten(0, -2).sum(0, dtype=now.dtype)
         return grad_x, torch.stack([first, now, last], dim=1), grad_bias
 
 

@@ -187,7 +187,7 @@ def test_the_folder_holds_ordinary_runs_a_log_and_a_table(config, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == list(RUNS)
     best = {name: torch.load(folder / name / "model_best.pt", weights_only=True)["best_accuracy"] for name in RUNS}
-    assert [float(row["top1"]) for row in rows] == list(best.values())
+    assert [float(row["top1"]) for row in rows] == [round(top1, 4) for top1 in best.values()]
     assert [row["network.side_dim"] for row in rows] == ["64", "64", "128", "64"]
     printed = [line.split()[2:] for line in (folder / "train.log").read_text().splitlines()[-1 - len(RUNS) :]]
     assert [line[0] for line in printed] == ["run", *RUNS]

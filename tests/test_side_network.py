@@ -3,7 +3,7 @@ import torch
 from textbook import textbook_name, textbook_of
 from tiny import SIDE, B, make_inputs, make_side, relative
 
-from modules.autograd import cast_together, normalized
+from modules.autograd import ThreeTaps, cast_together, normalized
 from modules.side_network import SideNetwork, shift_class_token
 from modules.token_norm import TokenLayerNorm
 
@@ -88,6 +88,20 @@ def test_a_frame_changes_only_frames_within_reach(placement):
         (plain != other).flatten(2).any(-1)[0].nonzero().flatten().tolist() for other in (pixels, features)
     ]
     assert frames_differ == [[2, 3, 4, 5, 6], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("batch, frames", [(1, 1), (1, 3), (3, 1), (2, 2), (3, 4)])
+def test_gradients_of_the_three_taps_are_those_of_a_depthwise_convolution(batch, frames):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(8, 8, 3, padding=1, groups=8).double()
+    x = torch.randn(batch, frames, 5, 8, dtype=torch.float64, requires_grad=True)
+    expected = conv(x.permute(0, 2, 3, 1).flatten(0, 1)).unflatten(0, (batch, 5)).permute(0, 3, 1, 2)
+    out = ThreeTaps.apply(x, conv.weight[:, 0], conv.bias)
+    assert torch.allclose(out, expected, atol=1e-12)
+    grad = torch.randn_like(out)
+    inputs = [x, conv.weight, conv.bias]
+    theirs, ours = (torch.autograd.grad(y, inputs, grad, retain_graph=True) for y in (expected, out))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_class_token_shift_by_hand():
