@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import run_script
+from torch import multiprocessing
 
 from benchmarks import gpu_report, gpu_sections, timing
 from benchmarks.gpu_report import SECTIONS, as_text, collect, describe_error, run_in_child, without_names, write_rows
@@ -90,7 +91,14 @@ def test_forms_are_compared_in_turns():
 
 
 def test_one_and_two_processes_train_the_same_batch():
-    rows = rows_of("processes")
+    for attempt in range(3):
+        try:
+            rows = rows_of("processes")
+            break
+        except (
+            multiprocessing.ProcessExitedException
+        ):  # gloo ends a process with SIGABRT now and then; a report says so
+            assert attempt < 2
     one, two = rows["1 process(es)"], rows["2 process(es)"]
     assert one["efficiency"] == 1 and two["efficiency"] == pytest.approx(one["step ms"] / two["step ms"], abs=1e-3)
     assert two["gradients MB"] > 0 and two["all-reduce GB/s sent by each"] > 0 and two["step ms, tower sharded"] > 0
