@@ -1,5 +1,6 @@
 """The memory that a call keeps, and the operators that it runs."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,7 @@ def measure_memory(function: Callable[[], Any], device: torch.device | None = No
     Args:
         device: whose memory is measured; None: the GPU if there is one.
     """
+    gc.collect()  # garbage of earlier calls, freed meanwhile, would be subtracted
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
