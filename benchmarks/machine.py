@@ -2,7 +2,10 @@
 
 import os
 import platform
+import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -21,3 +24,13 @@ def describe_machine() -> str:
         f"{time.strftime('%Y-%m-%d')}, commit {git_commit()}, {processor}, {os.cpu_count()} cores, {gpu}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def keep_lines(lines: Iterable[str], path: Path) -> None:
+    """Print each line as soon as it is known, and write all of them to a file at the end."""
+    kept = []
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        kept.append(f"{line}\n")
+    path.write_text("".join(kept), encoding="utf-8")

@@ -9,7 +9,6 @@ without values (engine/dry_run.py). Writes benchmarks/results/many_runs.txt.
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from dotmap import DotMap
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, keep_lines
 from engine.configuration import default_config
 from engine.dry_run import MemoryCount, dry_run
 from engine.loops import train_one_epoch
@@ -143,20 +142,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lines = [
-        f"{describe_machine()}\n{args.threads} thread(s), {args.rounds} rounds in turns, medians of processor time\n"
-    ]
-    for line in (
-        count_bytes(320),
-        count_products("EVA02-CLIP-bigE-14", 576),
-        count_products("ViT-B/16", 320),
-        measure_time(320, args.rounds),
-        measure_time(128, args.rounds),
-    ):
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-        lines.append(f"{line}\n")
-    RESULTS.write_text("".join(lines), encoding="utf-8")
+    keep_lines(results(args.threads, args.rounds), RESULTS)
+
+
+def results(threads: int, rounds: int) -> Iterator[str]:
+    """The lines of the result."""
+    yield f"{describe_machine()}\n{threads} thread(s), {rounds} rounds in turns, medians of processor time"
+    yield count_bytes(320)
+    yield count_products("EVA02-CLIP-bigE-14", 576)
+    yield count_products("ViT-B/16", 320)
+    yield measure_time(320, rounds)
+    yield measure_time(128, rounds)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Writes benchmarks/results/streaming.txt.
 """
 
 import argparse
+import itertools
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, keep_lines
 from datasets.transforms import normalize_clips
 from engine.configuration import default_config
 from engine.loops import view_scores
@@ -120,16 +120,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sys.stdout.write(head := f"{describe_machine()}\n{args.threads} thread, {args.rounds} rounds, processor seconds\n")
-    lines = [head]
-    for line in (
-        *(measure(*tower, args.rounds) for tower in MEASURED),
-        *(count(*tower) for tower in COUNTED),
-    ):
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-        lines.append(f"{line}\n")
-    RESULTS.write_text("".join(lines), encoding="utf-8")
+    head = f"{describe_machine()}\n{args.threads} thread, {args.rounds} rounds, processor seconds"
+    measured = (measure(*tower, args.rounds) for tower in MEASURED)
+    keep_lines(itertools.chain([head], measured, (count(*tower) for tower in COUNTED)), RESULTS)
 
 
 if __name__ == "__main__":

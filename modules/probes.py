@@ -6,6 +6,7 @@ features. `average_frames` decides whether a probe can know the order of the fra
 Letters: B clips, T frames of a clip, N patches of a frame, D tower width, H and W pixel height and width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 HEAD_WIDTH = 64
 
 
-class Probe(nn.Module):
+class Probe(nn.Module, ABC):
     """Maps the same input as a SideNetwork to features (B, width), which dropout and the linear head follow."""
 
     width: int
@@ -30,9 +31,9 @@ class Probe(nn.Module):
         """As of SideNetwork."""
         self.compile()
 
+    @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
         """Float32 tokens (B, T, 1 + N, D) -> (B, width)."""
-        raise NotImplementedError
 
 
 class LinearProbe(Probe):
