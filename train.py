@@ -22,13 +22,13 @@ from datasets.loaders import (
 from engine.checkpointing import Saver
 from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
-from engine.memory import PeakReport, explaining_memory
+from engine.memory import PeakReport, explaining_memory, settle_recompute
 from engine.metrics_file import METRICS, MetricsFile, read_rows
 from engine.run import Run
 from engine.run_folder import LOG, TABLE, Folder, open_run_folders
 from engine.runs_table import table_lines, write_table
 from engine.sinks import FOLDER, PICTURE, PictureFile, Sink, TensorBoard, TerminalSink, WeightsAndBiases
-from engine.starts import Start, build_models, find_starts
+from engine.starts import Start, as_started, build_models, find_starts
 from engine.summary import describe_runs
 from engine.throughput import Throughput
 from engine.training_state import is_evaluated
@@ -91,7 +91,9 @@ def train_in(
     starts = find_starts(config, {name: own.path for name, own in folders.items()}, allow_config_change)
     if all(start.done for start in starts):
         return best_of([start.checkpoint["best_accuracy"] for start in starts if start.checkpoint])
-    everyone, config = config, starts[0].config  # of which only what all runs share is read
+    for start, settled in zip(starts, settle_recompute([start.config for start in starts], device), strict=True):
+        start.config = settled
+    everyone, config = as_started(config, starts), starts[0].config  # of which only what all runs share is read
 
     # Data. It comes before the model: class names decide whether a checkpoint's head is kept.
     val_loader = build_eval_loader(config, get_rank(), get_world_size())

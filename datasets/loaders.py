@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -28,6 +28,7 @@ from utils.distributed import device_type
 from utils.errors import ConfigError, DataError, UserError
 from utils.parallel import usable_cores
 from utils.seeding import shot_rng
+from utils.signals import ignoring_ended_children
 
 MOST_NAMED = 100  # classes in one line of the log
 
@@ -94,15 +95,12 @@ class VideoLoader(DataLoader):
 
     def end_workers(self) -> None:
         """Kill the loader processes and wait for their end, at most 2 s."""
-        alive = list(self._processes)
         end = time.monotonic() + 2
-        while alive and time.monotonic() < end:
-            # torch's signal handler raises here, in the main thread, when a worker ends that was killed.
-            with suppress(RuntimeError):
-                for process in alive:
-                    process.kill()
-                alive[0].join(0.1)
-                alive = [process for process in alive if process.is_alive()]
+        with ignoring_ended_children():
+            for process in self._processes:
+                process.kill()
+            for process in self._processes:
+                process.join(max(0.0, end - time.monotonic()))
 
     def met(self) -> dict[str, list[tuple[int, str]]]:
         """What `carried` takes."""

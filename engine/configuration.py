@@ -22,6 +22,7 @@ from utils.distributed import device_type
 from utils.errors import ConfigError
 from utils.precision import has_bfloat16_units, resolve_precision
 
+AUTO = "auto"  # of `solver.recompute`: open until the memory of the GPU is known
 OPEN_DTYPES = ("precision", "auto")  # values of `network.backbone_dtype` that are no type
 
 # Keys that may be open in a file (None, or one of OPEN_DTYPES), and that `resolve_config` fills.

@@ -8,8 +8,8 @@ import torch
 from dotmap import DotMap
 
 from engine.optim import update_videos
-from engine.plan import choose_batch, largest_fitting, rehearsing, usable
-from utils.distributed import get_world_size
+from engine.plan import choose_batch, choose_recompute, largest_fitting, planned_training_peak, rehearsing, usable
+from utils.distributed import gather, get_world_size
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -19,26 +19,29 @@ class DeviceMemoryError(UserError):
     """The device has too little memory for a batch."""
 
 
-def planned_training_peak(configs: Sequence[DotMap], world_size: int) -> int:
-    """Bytes of one process at the peak of a training step on a GPU, as the plan counts them.
-
-    Args:
-        configs: of the runs that share the step. They go forward and backward one after the other, so the peak is that
-            of the largest, beside weights and optimizers of the others, and their gradients while they accumulate.
-    """
-    peaks, own = [], []
-    for config in configs:
-        with rehearsing(config) as rehearsal:
-            memory = rehearsal.train(config.data.batch_size, config.solver.recompute)
-        peaks.append(memory.process_peak(config, world_size))
-        accumulated = config.solver.grad_accumulation_steps > 1
-        own.append((1 + accumulated) * memory.gradients + memory.optimizer)  # a weight is as large as its gradient
-    return max(peak - mine for peak, mine in zip(peaks, own, strict=True)) + sum(own)
-
-
 def total_memory(device: torch.device) -> int:
     """Bytes of a GPU."""
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def settle_recompute(configs: Sequence[DotMap], device: torch.device) -> list[DotMap]:
+    """`choose_recompute` for this device; the same choice on all processes. It is logged.
+
+    Args:
+        configs: of the runs that share the step.
+    """
+    room = usable(total_memory(device)) if device.type == "cuda" else None
+    if room is not None:
+        room = min(gather([room]))  # GPUs may differ
+    settled, peak = choose_recompute(configs, get_world_size(), room)
+    for before, after in zip(configs, settled, strict=True):
+        if before.solver.recompute != after.solver.recompute:
+            why = "memory is planned on a GPU only"
+            if room is not None and peak is not None:
+                why = f"without it, the planned peak is {_gib(peak)}, on a GPU with {_gib(room)} for tensors"
+            log.info(f"solver.recompute: {before.solver.recompute} becomes {after.solver.recompute}: {why}")
+            break
+    return settled
 
 
 class PeakReport:

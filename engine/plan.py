@@ -6,7 +6,7 @@ arithmetic: the roofline of a card's published figures, which no kernel exceeds 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from engine.configuration import resolve_config
+from engine.configuration import AUTO, resolve_config
 from engine.dry_run import MemoryCount, as_with_gpu, dry_run
 from engine.loops import train_one_epoch, view_outputs
 from engine.optim import build_optimizer, update_videos
@@ -344,7 +344,7 @@ def largest_fitting(peak: Callable[[int], int], room: int, start: int, step: int
 class Plan:
     """A run of a configuration on so many GPUs.
 
-    config: resolved for a GPU
+    config: resolved for a GPU, with True or False for `solver.recompute`
     gpus: processes, one on each
     memory: of a training step with the configuration's batch
     training, test: bytes at the peak of one process
@@ -429,6 +429,47 @@ def accepts_batch(config: DotMap, gpus: int) -> Callable[[int], bool]:
     return accepted
 
 
+def planned_training_peak(configs: Sequence[DotMap], world_size: int) -> int:
+    """Bytes of one process at the peak of a training step on a GPU.
+
+    Args:
+        configs: of the runs that share the step. They go forward and backward one after the other, so the peak is that
+            of the largest, beside weights and optimizers of the others, and their gradients while they accumulate.
+    """
+    peaks, own = [], []
+    for config in configs:
+        with rehearsing(config) as rehearsal:
+            memory = rehearsal.train(config.data.batch_size, config.solver.recompute)
+        peaks.append(memory.process_peak(config, world_size))
+        accumulated = config.solver.grad_accumulation_steps > 1
+        own.append((1 + accumulated) * memory.gradients + memory.optimizer)  # a weight is as large as its gradient
+    return max(peak - mine for peak, mine in zip(peaks, own, strict=True)) + sum(own)
+
+
+def choose_recompute(configs: Sequence[DotMap], world_size: int, room: int | None) -> tuple[list[DotMap], int | None]:
+    """Replace `solver.recompute: auto` by False if a step without recomputation fits, and else by True.
+
+    Args:
+        configs: of the runs that share the step.
+        room: bytes of `usable`; None: unknown, which means True.
+
+    Returns:
+        the configurations, and the planned peak with False; None where nothing was open or the room is unknown.
+    """
+    open_ones = [config.solver.recompute == AUTO for config in configs]
+    if not any(open_ones):
+        return list(configs), None
+
+    def chosen(recompute: bool) -> list[DotMap]:
+        pairs = zip(configs, open_ones, strict=True)
+        return [with_values(own, solver__recompute=recompute) if is_open else own for own, is_open in pairs]
+
+    if room is None:
+        return chosen(True), None
+    peak = planned_training_peak(chosen(False), world_size)
+    return chosen(peak > room), peak
+
+
 def make_plan(
     config: DotMap, gpus: int, gpu_memory: float | None = None, total: int | None = None, videos: int | None = None
 ) -> Plan:
@@ -441,15 +482,16 @@ def make_plan(
         total: videos of an update that the recipe asks for; None: those of the configuration on these GPUs.
         videos: of the training list.
     """
+    room = None if gpu_memory is None else usable(gpu_memory)
+    (config,), _ = choose_recompute([config], gpus, room)
     data, solver, work = config.data, config.solver, Work()
     total = total or update_videos(config, gpus)
-    room = largest = views = choice = None
+    largest = views = choice = None
     with rehearsing(config) as rehearsal:
         memory = rehearsal.train(data.batch_size, solver.recompute, work)
         saved = memory.saved_by_sharding(config, gpus)
         test = rehearsal.test(config.test.view_batch) - saved
-        if gpu_memory is not None:
-            room = usable(gpu_memory)
+        if room is not None:
             step = 2 if solver.mixup and data.num_sample % 2 else 1
 
             def peak(batch: int, recompute: bool) -> int:

@@ -17,6 +17,7 @@ from engine.training_state import (
     finished,
     improved_epoch,
     keep_global_batch,
+    keep_recompute,
     load_start,
     refuse_changes,
     refuse_without_optimizer,
@@ -86,7 +87,7 @@ def _find(name: str, config: DotMap, folder: Path, allow_config_change: bool) ->
     resumed, done = checkpoint is not None and config.resume is not None, None
     if checkpoint is not None and source is not None and resumed and not config.solver.evaluate:
         refuse_without_optimizer(checkpoint, source)
-        config = keep_global_batch(checkpoint, source, config, get_world_size())
+        config = keep_recompute(checkpoint, keep_global_batch(checkpoint, source, config, get_world_size()))
         refuse_changes(checkpoint, source, config, allow_config_change)
         if checkpoint.get("step", 0) == 0:
             done = finished(checkpoint["epoch"], improved_epoch(checkpoint), config)
@@ -103,6 +104,18 @@ def _shared_values(config: DotMap) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         values[key] = plain[section][name] if section else plain[name]
     return values
+
+
+def as_started(config: DotMap, starts: Sequence[Start]) -> DotMap:
+    """The configuration of a training with the values that its starts have settled."""
+    if not config.runs:
+        return starts[0].config
+    plain = config.toDict()
+    for key, value in _shared_values(starts[0].config).items():
+        section, _, name = key.rpartition(".")
+        (plain[section] if section else plain)[name] = value
+    plain["runs"] = {start.name: start.config.toDict() for start in starts}
+    return DotMap(plain, _dynamic=False)
 
 
 def build_models(starts: Sequence[Start], class_names: list[str] | None) -> tuple[list[Side4Video], list[dict]]:

@@ -14,7 +14,7 @@ from dotmap import DotMap
 
 from engine.averaging import AveragedWeights
 from engine.class_names import class_order, names_differ
-from engine.configuration import DERIVED_KEYS, OPEN_DTYPES
+from engine.configuration import AUTO, DERIVED_KEYS, OPEN_DTYPES
 from modules.checkpoint import describe_checkpoint, is_released, load_model_state
 from modules.side4video import Side4Video
 from utils.config_schema import FIELDS
@@ -181,6 +181,15 @@ def keep_global_batch(checkpoint: dict[str, Any], source: str | Path, config: Do
         f"resume: {text} before; now {fitting[0]} videos x {world_size} process(es) x "
         f"{plain['solver']['grad_accumulation_steps']} accumulated = {total}"
     )
+    return DotMap(plain, _dynamic=False)
+
+
+def keep_recompute(checkpoint: dict[str, Any], config: DotMap) -> DotMap:
+    """The configuration with the checkpoint's choice for `solver.recompute: auto`: another would change sums."""
+    if config.solver.recompute != AUTO:
+        return config
+    plain = config.toDict()
+    plain["solver"]["recompute"] = checkpoint["config"]["solver"].get("recompute", True)
     return DotMap(plain, _dynamic=False)
 
 

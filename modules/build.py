@@ -66,7 +66,7 @@ def build_trained(config: DotMap, tower: FrozenTower) -> SideClassifier:
                 patch_size=tower.patch_size,
                 num_patches=tower.num_patches,
                 norm_placement=network.side_variant,
-                recompute=solver.recompute,
+                recompute=bool(solver.recompute),  # training settles `auto` before; elsewhere nothing is kept anyway
                 sync_bn=solver.sync_bn,
             )
         except ValueError as error:

@@ -95,6 +95,7 @@ def test(*overrides: str, weights: str = "DIR/m.pt") -> list[str]:
 
 WRONG_KIND = {
     "bool": "maybe",
+    "bool or auto": "maybe",
     "int": "many",
     "float": "fast",
     "str": "[1, 2]",

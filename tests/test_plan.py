@@ -15,18 +15,19 @@ from benchmarks.allocations import measure_memory
 from benchmarks.many_runs import counted_runs
 from benchmarks.plan_check import scoring, training
 from engine import loops
-from engine import memory as memory_module
 from engine.configuration import default_config
 from engine.dry_run import MemoryCount, dry_run, walked_backward
 from engine.loops import train_one_epoch
-from engine.memory import PeakReport, advise_batch, advise_views
+from engine.memory import PeakReport, advise_batch, advise_views, settle_recompute
 from engine.plan import (
     CARDS,
     Work,
     blank_batch,
     choose_batch,
+    choose_recompute,
     largest_fitting,
     make_plan,
+    planned_training_peak,
     rehearsing,
     share_batch,
     usable,
@@ -286,13 +287,13 @@ def test_the_peak_of_several_runs_is_planned_from_each_alone(monkeypatch, number
         count.restart()
         train_one_epoch(runs, [blank_batch(config) for _ in range(accumulation)], 0)
         counted = count.peak
-    assert memory_module.planned_training_peak([config] * number, 1) == pytest.approx(counted, rel=0.05)
+    assert planned_training_peak([config] * number, 1) == pytest.approx(counted, rel=0.05)
 
 
 def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     caplog.set_level(logging.INFO)
     config = with_values(small_config(), solver__precision="bf16")
-    planned = memory_module.planned_training_peak([config], 1)
+    planned = planned_training_peak([config], 1)
     report = PeakReport([config], gpu_of(24 * 2**30, peak=2 * planned))
     report.epoch_done()
     report.epoch_done()
@@ -302,6 +303,40 @@ def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     caplog.clear()
     PeakReport([config], gpu_of(2**30 + 2**20))
     assert caplog.messages[0].endswith("it does not fit: tools/plan.py says what does")
+
+
+def test_an_open_recompute_is_off_where_the_planned_step_fits(gpu_of, caplog):
+    caplog.set_level(logging.INFO)
+    config = small_config(precision="bf16", recompute="auto")
+    on, off = (with_values(config, solver__recompute=recompute) for recompute in (True, False))
+    peak = planned_training_peak([off], 1)
+    assert peak > planned_training_peak([on], 1)
+    for room, expected in ((peak, False), (peak - 1, True), (None, True)):
+        (chosen,), _ = choose_recompute([config], 1, room)
+        assert chosen.solver.recompute is expected
+        assert chosen.toDict() == (on if expected else off).toDict()
+    together, _ = choose_recompute([config, on, config], 1, planned_training_peak([off, on, off], 1) - 1)
+    assert [own.solver.recompute for own in together] == [True, True, True]
+    together, _ = choose_recompute([config, on, config], 1, planned_training_peak([off, on, off], 1))
+    assert [own.solver.recompute for own in together] == [False, True, False]
+    assert choose_recompute([on, off], 1, 0)[0] == [on, off]
+
+    assert [own.solver.recompute for own in settle_recompute([config], gpu_of(24 * 2**30))] == [False]
+    (line,) = caplog.messages
+    assert line.startswith("solver.recompute: auto becomes False: without it, the planned peak is 0.")
+    assert line.endswith(" GiB, on a GPU with 21.9 GiB for tensors")
+    assert [own.solver.recompute for own in settle_recompute([config], gpu_of(2**30 + 2**20))] == [True]
+
+
+def test_the_plan_of_a_file_settles_an_open_recompute(config, capsys):
+    for size, expected in (("24GB", False), ("1.074GB", True)):
+        plan_program.main([config, "--gpu", size, "--gpus", "1", "solver.recompute=auto"])
+        text = capsys.readouterr().out
+        assert f"solver.recompute: auto becomes {expected}\n" in text
+        kept = "not recomputed" if not expected else "recomputed"
+        assert f"kept between forward and backward pass, {kept}: " in text
+    plan_program.main([config, "solver.recompute=auto"])
+    assert "auto becomes True" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_answered_with_the_batch_of_the_plan(gpu_of):

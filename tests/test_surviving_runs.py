@@ -19,7 +19,7 @@ from benchmarks import kill_and_resume
 from datasets.loaders import EpochSampler
 from engine import run_folder
 from engine.checkpointing import BackgroundWriter, Saver
-from engine.configuration import default_config
+from engine.configuration import default_config, read_config
 from engine.optim import build_optimizer
 from engine.reporter import Reporter
 from engine.run_folder import RunFolder, checkpoints
@@ -595,3 +595,30 @@ def test_a_run_of_two_processes_goes_on_in_one_with_the_same_updates(config, tmp
     log = (tmp_path / "run" / "train.log").read_text()
     before, now = "2 videos x 2 process(es) x 1 accumulated = 4", "2 videos x 1 process(es) x 2 accumulated = 4"
     assert f"resume: {before} before; now {now}" in log and "effective batch: 2 videos x 1 process(es) x 2" in log
+    written = read_config(tmp_path / "run" / "config.yaml")
+    assert (written.data.batch_size, written.solver.grad_accumulation_steps) == (2, 2)
+
+
+def test_an_open_recompute_is_settled_at_the_start_and_kept_by_resumptions(config, tmp_path):
+    settings = ["solver.lr_warmup_step=1", "solver.recompute=auto"]
+    train_run(config, tmp_path / "run", "solver.epochs=1", *settings)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "solver.recompute: auto becomes True: memory is planned on a GPU only" in log
+    assert read_config(tmp_path / "run" / "config.yaml").solver.recompute is True
+    for path in checkpoints(tmp_path / "run"):
+        state = torch.load(path, weights_only=True)
+        assert state["config"]["solver"]["recompute"] is True
+        state["config"]["solver"]["recompute"] = False
+        save_checkpoint(path, state)
+    train_run(config, tmp_path / "run", "resume=auto", *settings)
+    assert read_config(tmp_path / "run" / "config.yaml").solver.recompute is False
+
+
+def test_several_runs_settle_each_their_own_open_recompute(config, tmp_path):
+    runs = "runs={open: {solver.recompute: auto}, off: {solver.recompute: False}}"
+    settings = ["solver.epochs=1", "solver.lr_warmup_step=1", runs]
+    train_program.main(["--config", config, "--output", str(tmp_path / "both"), *settings])
+    written = {name: read_config(tmp_path / "both" / name / "config.yaml").solver.recompute for name in ("open", "off")}
+    assert written == {"open": True, "off": False}
+    together = read_config(tmp_path / "both" / "config.yaml")
+    assert {name: own.solver.recompute for name, own in together.runs.items()} == written

@@ -17,9 +17,17 @@ from dotmap import DotMap
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import few_shot, read_annotations
-from engine.memory import planned_training_peak
 from engine.optim import update_videos
-from engine.plan import CARDS, CONTEXT_BYTES, GAPS, Plan, make_plan, resolve_for_gpu
+from engine.plan import (
+    CARDS,
+    CONTEXT_BYTES,
+    GAPS,
+    Plan,
+    choose_recompute,
+    make_plan,
+    planned_training_peak,
+    resolve_for_gpu,
+)
 from engine.summary import PAPER_GPUS
 from utils.config import load_config
 from utils.errors import ConfigError, quoted, run_program
@@ -48,8 +56,11 @@ def main(argv: list[str]) -> None:
     total = update_videos(recipe, PAPER_GPUS)
     plan = make_plan(config, args.gpus, memory, total, args.videos or count_videos(config))
     lines = describe(plan, args.config)
+    if config.solver.recompute != plan.config.solver.recompute:
+        lines.append(f"solver.recompute: {config.solver.recompute} becomes {plan.config.solver.recompute}")
     if config.runs:
-        peak = planned_training_peak(list(config.runs.values()), args.gpus)
+        runs, _ = choose_recompute(list(config.runs.values()), args.gpus, plan.room)
+        peak = planned_training_peak(runs, args.gpus)
         lines.append(
             f"runs: the lines above are of one training; {len(config.runs)} runs beside one tower: peak of a training "
             f"step {_gb(peak)}"

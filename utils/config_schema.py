@@ -27,6 +27,7 @@ SECTIONS = {
 }
 KINDS = {
     "bool": "True or False",
+    "bool or auto": "`auto`, True or False",
     "int": "a whole number",
     "float": "a number",
     "str": "text",
@@ -146,7 +147,9 @@ class Field:
 
 def _convert(kind: str, value: object) -> object:
     match kind:
-        case "bool" if isinstance(value, bool):
+        case "bool" | "bool or auto" if isinstance(value, bool):
+            return value
+        case "bool or auto" if value == "auto":
             return value
         case "str" | "file" | "folder" | "model" if isinstance(value, str):
             return value
@@ -526,11 +529,12 @@ FIELDS = {
         "On a GPU, take operators that give the same bits in every run; one that cannot ends the run. It is slower.",
     ),
     "solver.recompute": Field(
-        "bool",
+        "bool or auto",
         True,
         "Keep only the tower's tokens and the input of each side block, and compute the rest again in the backward "
-        "pass. "
-        "The gradients are the same; the memory for them is about a seventh.",
+        "pass. The gradients are the same up to the order of sums; the memory for them is about a seventh. `auto`: "
+        "False on a GPU whose memory is enough for a step without it, by the plan of `tools/plan.py`, and True "
+        "elsewhere; a resumed run keeps its choice.",
     ),
     "solver.compile": Field(
         "bool", False, "Compile the blocks of tower and side network. This needs a C++ compiler and takes some minutes."

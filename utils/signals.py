@@ -1,7 +1,8 @@
-"""Signals that ask a program to stop: SIGTERM and SIGUSR1 of schedulers, SIGINT of Ctrl-C."""
+"""Signals: those that ask a program to stop (SIGTERM and SIGUSR1 of schedulers, SIGINT of Ctrl-C), and SIGCHLD."""
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -72,3 +73,20 @@ class StopSignals:
         again, self.received = self.received is not None and number == signal.SIGINT, number
         if again or not self._deferred:
             raise Stopped(number)
+
+
+@contextmanager
+def ignoring_ended_children() -> Iterator[None]:
+    """Inside, the end of a child process calls no handler.
+
+    torch's handler raises when a loader process has failed. Where it does so inside Process.join, Python has already
+    taken the exit status from the system and loses it, and for Process.is_alive the process lives for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run, and can be set, in the main one only
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
