@@ -2,7 +2,8 @@
 
     python -m benchmarks.fast_form
 
-Both forms run in turns in one process, in float32; medians. Writes benchmarks/results/fast_form.txt.
+Both forms run in turns in one process, in float32, and attention alone in bfloat16; medians. Writes
+benchmarks/results/fast_form.txt.
 """
 
 import statistics
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine
 from modules.autograd import ThreeTaps
+from modules.cpu_attention import attention
 from modules.side_network import SideNetwork, TemporalConv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -68,6 +71,16 @@ def main() -> None:
             "temporal convolution alone, each in its own layout",
             lambda: ThreeTaps.apply(rows, conv.taps(), conv.bias),
             lambda: plain(volume),
+        )
+    )
+
+    shapes = [(FRAMES * CLIPS, 5, tokens, 64) for tokens in (196, 197, 197)]
+    heads = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    lines.append(
+        compare(
+            "attention in bfloat16, against PyTorch's kernel",
+            lambda: attention(*heads),
+            lambda: F.scaled_dot_product_attention(*heads),
         )
     )
     RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -63,7 +63,7 @@ class Model(nn.Module):
 
 
 def build(arch: str, eager: bool) -> dict[str, Model]:
-    """The forms to compare, by name; `eager` leaves out those with a compiled tower. All ours share their weights."""
+    """The forms to compare, by name; `eager` leaves out the compiled ones. The others of ours share their weights."""
     torch.manual_seed(0)
     architecture = ARCHITECTURES[arch]
     kwargs = {"depth": EVA_BLOCKS} if arch == EVA_E else {}
@@ -86,9 +86,11 @@ def build(arch: str, eager: bool) -> dict[str, Model]:
         "no recompute": Model(tower, plain),
     }
     if not eager:
-        compiled = copy.deepcopy(tower)
-        compiled.compile_blocks()
-        forms |= {f"{name}, compiled tower": Model(compiled, forms[name].side) for name in list(forms)[1:]}
+        compiled = copy.deepcopy({name: forms[name] for name in list(forms)[1:]})
+        for model in compiled.values():
+            model.tower.compile_blocks()
+            model.side.compile_blocks()
+        forms |= {f"{name}, compiled": model for name, model in compiled.items()}
     return forms
 
 
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=SIDE_WIDTHS, default=list(SIDE_WIDTHS), help="towers")
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 2], help="batch sizes")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--eager", action="store_true", help="leave out the forms with a compiled tower")
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled forms")
     args = parser.parse_args()
     for arch in args.arch:
         lines = [

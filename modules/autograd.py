@@ -311,10 +311,31 @@ class GradientOnlyLinear(torch.autograd.Function):
         return grad, grad @ weight, grad_weight, rows.sum(0, dtype=weight.dtype)
 
 
+class CastTogether(torch.autograd.Function):
+    """Tensors in another type, by one operator forward and one backward, however many tensors there are."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors of one type -> as many of `dtype`."""
+        ctx.dtype = tensors[0].dtype
+        return CastTogether.cast(tensors, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *CastTogether.cast(grads, ctx.dtype)
+
+    @staticmethod
+    def cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        results = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+        torch._foreach_copy_(results, tensors)
+        return results
+
+
 def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in `dtype`, by two operators forward and two backward, however many tensors there are."""
-    if all(tensor.dtype == dtype for tensor in tensors):
+    """The tensors, which are of one type, in `dtype`."""
+    if tensors[0].dtype == dtype:
         return list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    if torch.compiler.is_compiling():  # it fuses the casts by itself
+        return [tensor.to(dtype) for tensor in tensors]
+    return list(CastTogether.apply(dtype, *tensors))

@@ -35,6 +35,7 @@ from modules.autograd import (
     cast_together,
     normalized,
 )
+from modules.cpu_attention import attention
 from modules.recompute import recomputed, residual_linear
 from modules.token_norm import TokenBatchNorm, TokenLayerNorm, count_batch
 
@@ -100,6 +101,15 @@ def shift_class_token(class_tokens: Tensor) -> Tensor:
     return ShiftClassToken.apply(class_tokens)
 
 
+class FuseTokens(nn.Module):
+    """What a side block reads: its tokens averaged with those of a layer, and the layer's shifted class tokens."""
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, N, S), projected tokens of a layer (B, T, 1 + N, S) -> (B, T, N, S), (B, T, S)."""
+        x, class_tokens = Fuse.apply(x, tokens)
+        return x, shift_class_token(class_tokens)
+
+
 class FrameAttention(nn.Module):
     """Attention inside each frame. Queries: patch tokens. Keys and values: the shifted class token and patch tokens."""
 
@@ -112,7 +122,7 @@ class FrameAttention(nn.Module):
     def forward(self, tokens: Tensor, qkv: Affine | None = None, proj: Affine | None = None) -> Tensor:
         """(B, T, 1 + N, S), class token first -> (B, T, N, S). `qkv` and `proj` replace the layer's own weights."""
         query, key, value = self._heads(tokens, qkv)
-        x = F.scaled_dot_product_attention(query, key, value)
+        x = attention(query, key, value)
         x = x.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2])
         return F.linear(x, *(proj or (self.proj.weight, self.proj.bias)))
 
@@ -252,6 +262,7 @@ class SideNetwork(nn.Module):
         self.projections = nn.ModuleList(
             LayerProjection(backbone_width, side_width, norm_placement) for _ in range(num_layers)
         )
+        self.fuse = FuseTokens()
         blocks = [SideBlock(side_width, norm_placement, sync_bn) for _ in range(num_layers)]
         self.blocks = nn.ModuleList(blocks)
         if norm_placement == "pre":
@@ -280,9 +291,9 @@ class SideNetwork(nn.Module):
             nn.init.zeros_(block.attn.proj.bias)
 
     def compile_blocks(self) -> None:
-        """Compile each block in place; equal blocks share the compiled code."""
-        for block in self.blocks:
-            block.compile()
+        """Compile each projection and block in place, and what lies between; equal ones share the compiled code."""
+        for module in (*self.projections, self.fuse, *self.blocks):
+            module.compile()
 
     def forward(self, clips: Tensor, layer_tokens: Iterable[Tensor]) -> Tensor:
         """Normalised clips (B, T, 3, H, W) and, for each layer, tower tokens (B, T, 1 + N, D) -> features (B, S).
@@ -306,7 +317,6 @@ class SideNetwork(nn.Module):
         count_batch(module for module in self.modules() if isinstance(module, TokenBatchNorm))
         x = self.stem_bn(self.stem.sum_of_neighbours(products))
         for block, tokens in zip(self.blocks, projected, strict=True):
-            x, class_tokens = Fuse.apply(x, tokens)
-            shifted = shift_class_token(class_tokens)
+            x, shifted = self.fuse(x, tokens)
             x = recomputed(block, x, shifted, self.pos) if self.recompute else block(x, shifted, self.pos)
         return self.post_bn(x).mean(dim=(1, 2))
