@@ -29,8 +29,9 @@ from engine.certificate import certificate_rows, make_certificate
 from engine.class_names import class_order
 from engine.configuration import TRAINED_WITH, changed_since_training, config_of_checkpoint, read_config
 from engine.loops import evaluate
-from engine.memory import explaining_memory
+from engine.memory import PeakReport, explaining_memory
 from engine.metrics import class_accuracy, topk_accuracy
+from engine.plan import planned_test_peak
 from engine.report import probe_report, write_report
 from engine.scores import PartialScores, Scores, describe_views, save_scores
 from engine.software import describe_software
@@ -188,6 +189,7 @@ def test(
         log.info("scores: %d of %d videos are done, in %s.partial-*", len(partial.done), len(dataset), partial_file)
         loader = build_eval_loader(config, **views, done=partial.done)
     check_shared_memory(loader)
+    peak = PeakReport(device, f"{config.test.view_batch} views at once", lambda world: planned_test_peak(config, world))
     started = time.perf_counter()
     try:
         memory = explaining_memory(config, device, training=False)
@@ -197,6 +199,7 @@ def test(
         if partial:
             partial.write()
         raise
+    peak.done()
     damaged = np.isin(np.arange(len(dataset)), [index for index, _ in loader.damaged])
     names = dataset.class_names or trained_names
     environments = [*(partial.environments if partial else ())]

@@ -8,6 +8,7 @@ import argparse
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from dotmap import DotMap
@@ -24,6 +25,7 @@ from engine.configuration import read_config
 from engine.loops import evaluate, train_one_epoch
 from engine.memory import PeakReport, explaining_memory, settle_recompute
 from engine.metrics_file import METRICS, MetricsFile, read_rows
+from engine.plan import planned_training_peak
 from engine.run import Run
 from engine.run_folder import LOG, TABLE, Folder, open_run_folders
 from engine.runs_table import table_lines, write_table
@@ -122,7 +124,7 @@ def train_in(
     for name, line in describe_runs(runs, train_loader, val_loader):
         with log_as(name):
             log.info(line)
-    peak = PeakReport([run.config for run in runs], device)
+    peak = PeakReport(device, "a training step", partial(planned_training_peak, [run.config for run in runs]))
     for run, start in zip(runs, starts, strict=True):
         with log_as(run.name):
             begin(run, start, folders[run.name], len(train_loader), is_first=run is runs[0])
@@ -147,7 +149,7 @@ def train_in(
                 saver.epoch(epoch) as after_update,
             ):
                 train_one_epoch(active, train_loader, epoch, after_update)
-            peak.epoch_done()
+            peak.done()
             report_videos(train_loader, epoch)
             for run in active:
                 run.model.broadcast_buffers()

@@ -134,8 +134,8 @@ def timing_lines(timings: dict[str, Timing], clips: int = 1) -> list[str]:
 def floor_bytes(tower: FrozenTower, side_width: int, num_clips: int) -> int:
     """Bytes of the tower's tokens that the layers read and of each block's input, which any form must keep."""
     frames = num_clips * FRAMES
-    per_layer = (1 + tower.num_patches) * tower.width * tower.dtype.itemsize + tower.num_patches * side_width * 4
-    return frames * len(tower.layers) * per_layer
+    numbers = (1 + tower.num_patches) * tower.width + tower.num_patches * side_width
+    return frames * len(tower.layers) * numbers * tower.dtype.itemsize
 
 
 def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
@@ -179,21 +179,27 @@ def measure(arch: str, num_clips: int, rounds: int, eager: bool) -> list[str]:
     )
     views = {name.replace("recompute", "ours"): timing for name, timing in views.items()}
     lines += ["  seconds a view in evaluation, ratios to textbook", *timing_lines(views, num_clips)]
-    lines.append("  matrix products alone, of the textbook's time: " + products(models, clips, steps, views))
+    lines.append(products(models, clips, steps["textbook"], views["textbook"]))
 
     half = copy.deepcopy(ours.tower)
     half.convert(torch.bfloat16)
     models = {name: Model(half, models[name].side) for name in ("textbook", "recompute", "no recompute")}
     lines.append("  bfloat16: tower in bfloat16, side network under autocast; ratios to textbook")
-    lines += timing_lines(time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds))
-    del models["no recompute"]
-    views = time_in_turns({f"{name}, evaluation": lambda m=m: m.views(clips) for name, m in models.items()}, rounds)
+    steps = time_in_turns({name: lambda m=m: m.step(clips) for name, m in models.items()}, rounds)
+    evaluated = {f"{name}, evaluation": models[name] for name in ("textbook", "recompute")}
+    views = time_in_turns({name: lambda m=m: m.views(clips) for name, m in evaluated.items()}, rounds)
+    lines += timing_lines(steps)
     lines += timing_lines({name.replace("recompute", "ours"): timing for name, timing in views.items()}, num_clips)
+    lines.append(products(models, clips, steps["textbook"], views["textbook, evaluation"]))
     return lines
 
 
-def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) -> str:
-    """Time of each form's matrix products alone, run operator by operator: the least that its step can take."""
+def products(models: dict[str, Model], clips: Tensor, step: Timing, view: Timing) -> str:
+    """A line with the time of each form's products and attention alone, the least that it can take.
+
+    Args:
+        step, view: of the textbook form.
+    """
     parts = []
     for name in ("recompute", "no recompute"):
         seconds = []
@@ -201,14 +207,14 @@ def products(models: dict[str, Model], clips: Tensor, steps: dict, views: dict) 
             with OperatorCount() as count:
                 models[name].step(clips)
             seconds.append(count.product_seconds)
-        parts.append(f"{name} {statistics.median(seconds) / steps['textbook'].seconds:.2f}")
+        parts.append(f"{name} {statistics.median(seconds) / step.seconds:.2f}")
     seconds = []
     for _ in range(3):
         with OperatorCount() as count:
             models["recompute"].views(clips)
         seconds.append(count.product_seconds)
-    parts.append(f"evaluation {statistics.median(seconds) / views['textbook'].seconds:.2f}")
-    return ", ".join(parts)
+    parts.append(f"evaluation {statistics.median(seconds) / view.seconds:.2f}")
+    return "  products and attention alone, of the textbook's time: " + ", ".join(parts)
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """Memory of the device: what was planned, what it came to, and what to change when it is too little."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from dotmap import DotMap
 
 from engine.optim import update_videos
-from engine.plan import choose_batch, choose_recompute, largest_fitting, planned_training_peak, rehearsing, usable
+from engine.plan import choose_batch, choose_recompute, largest_fitting, rehearsing, usable
 from utils.distributed import gather, get_world_size
 from utils.errors import UserError
 
@@ -45,20 +46,25 @@ def settle_recompute(configs: Sequence[DotMap], device: torch.device) -> list[Do
 
 
 class PeakReport:
-    """Logs the planned peak of training before it starts on a GPU, and the real one after the first epoch."""
+    """Logs the planned peak of a GPU's memory before something runs, and the real one afterwards; silent on a CPU."""
 
-    def __init__(self, configs: Sequence[DotMap], device: torch.device):
+    def __init__(self, device: torch.device, what: str, plan: Callable[[int], int]):
+        """
+        Args:
+            what: has the peak, for the log.
+            plan: number of processes -> planned bytes of one.
+        """
         self._device, self._planned = device, 0
         self._is_due = device.type == "cuda"
         if self._is_due:
-            self._planned = planned_training_peak(configs, get_world_size())
+            self._planned = plan(get_world_size())
             room = usable(total_memory(device))
             log.info(
-                f"memory: planned peak {_gib(self._planned)} of a training step, on a GPU with {_gib(room)} for tensors"
+                f"memory: planned peak {_gib(self._planned)} of {what}, on a GPU with {_gib(room)} for tensors"
                 + ("" if self._planned <= room else "; it does not fit: tools/plan.py says what does")
             )
 
-    def epoch_done(self) -> None:
+    def done(self) -> None:
         """Log the real peak of the allocator, once."""
         if self._is_due:
             peak = torch.cuda.max_memory_allocated(self._device)
@@ -125,7 +131,7 @@ def advise_views(config: DotMap, room: int | None) -> str:
     if room is None:
         return f"set test.view_batch={half}"
     with rehearsing(config) as rehearsal:
-        fitting = largest_fitting(rehearsal.test, room, half)
+        fitting = largest_fitting(partial(rehearsal.test, gpus=get_world_size()), room, half)
     return f"set test.view_batch={max(1, min(fitting, half))}"
 
 

@@ -90,14 +90,19 @@ class Memory:
         return sum(size for (part, _), size in self.parameters.items() if part == "tower")
 
     def saved_by_sharding(self, config: DotMap, gpus: int) -> int:
-        """Bytes that splitting the tower over the GPUs takes off: all but this share and two gathered blocks."""
-        if not config.network.shard_backbone or gpus == 1:
-            return 0
-        return max(0, self.tower - self.tower // gpus - 2 * self.block)
+        """Bytes that splitting the tower over the GPUs takes off a process."""
+        return saved_by_sharding(config, gpus, self.tower, self.block)
 
     def process_peak(self, config: DotMap, gpus: int) -> int:
         """The peak of one of several processes. Buckets of DistributedDataParallel hold every gradient once more."""
         return self.peak + (self.gradients if gpus > 1 else 0) - self.saved_by_sharding(config, gpus)
+
+
+def saved_by_sharding(config: DotMap, gpus: int, tower: int, block: int) -> int:
+    """Bytes of a tower that a process of several does not hold: all but its share and two gathered blocks."""
+    if not config.network.shard_backbone or gpus == 1:
+        return 0
+    return max(0, tower - tower // gpus - 2 * block)
 
 
 class Work(TorchDispatchMode):
@@ -271,16 +276,22 @@ class Rehearsal:
             gradients=sum(p.nbytes for p in model.trained.parameters()),
             kept=self._after_forward - before,
             peak=count.peak,
-            block=max(sum(p.nbytes for p in block.parameters()) for block in model.backbone.vit.blocks),
+            block=largest_block(model),
         )
 
-    def test(self, views: int) -> int:
-        """Bytes at the peak of a test with so many views at once, everything included but no optimizer."""
+    def test(self, views: int, gpus: int = 1) -> int:
+        """Bytes of one process of so many at the peak of a test, everything included but no optimizer.
+
+        Args:
+            views: at once, of each process.
+        """
         config = with_values(self._config, test__view_batch=views)
         batch = test_batch(config)
         self._count.restart()
         score_once(self._model, batch, config, self._precision)
-        return self._count.peak - (self._base - self.model_bytes)
+        tower = sum(size for (part, _), size in parameter_bytes(self._model).items() if part == "tower")
+        saved = saved_by_sharding(config, gpus, tower, largest_block(self._model))
+        return self._count.peak - (self._base - self.model_bytes) - saved
 
 
 @contextmanager
@@ -295,6 +306,11 @@ def rehearsing(config: DotMap, device_type: str = "cuda") -> Iterator[Rehearsal]
         model = build_model(config, load_tower=False)
     with dry_run(device_type) as count:
         yield Rehearsal(model, config, torch.device(device_type), count)
+
+
+def largest_block(model: Side4Video) -> int:
+    """Bytes of the parameters of the tower's largest block."""
+    return max(sum(p.nbytes for p in block.parameters()) for block in model.backbone.vit.blocks)
 
 
 def parameter_bytes(model: Side4Video) -> dict[tuple[str, str], int]:
@@ -446,6 +462,12 @@ def planned_training_peak(configs: Sequence[DotMap], world_size: int) -> int:
     return max(peak - mine for peak, mine in zip(peaks, own, strict=True)) + sum(own)
 
 
+def planned_test_peak(config: DotMap, world_size: int) -> int:
+    """Bytes of one process at the peak of a test on a GPU."""
+    with rehearsing(config) as rehearsal:
+        return rehearsal.test(config.test.view_batch, world_size)
+
+
 def choose_recompute(configs: Sequence[DotMap], world_size: int, room: int | None) -> tuple[list[DotMap], int | None]:
     """Replace `solver.recompute: auto` by False if a step without recomputation fits, and else by True.
 
@@ -489,8 +511,7 @@ def make_plan(
     largest = views = choice = None
     with rehearsing(config) as rehearsal:
         memory = rehearsal.train(data.batch_size, solver.recompute, work)
-        saved = memory.saved_by_sharding(config, gpus)
-        test = rehearsal.test(config.test.view_batch) - saved
+        test = rehearsal.test(config.test.view_batch, gpus)
         if room is not None:
             step = 2 if solver.mixup and data.num_sample % 2 else 1
 
@@ -501,7 +522,7 @@ def make_plan(
                 recompute: largest_fitting(partial(peak, recompute=recompute), room, data.batch_size, step)
                 for recompute in (True, False)
             }
-            views = largest_fitting(lambda views: rehearsal.test(views) - saved, room, config.test.view_batch)
+            views = largest_fitting(partial(rehearsal.test, gpus=gpus), room, config.test.view_batch)
             choice = choose_batch(config, gpus, total, largest)
     return Plan(
         config=config,

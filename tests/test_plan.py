@@ -3,6 +3,7 @@
 import copy
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from engine.plan import (
     choose_recompute,
     largest_fitting,
     make_plan,
+    planned_test_peak,
     planned_training_peak,
     rehearsing,
     share_batch,
@@ -294,15 +296,27 @@ def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     caplog.set_level(logging.INFO)
     config = with_values(small_config(), solver__precision="bf16")
     planned = planned_training_peak([config], 1)
-    report = PeakReport([config], gpu_of(24 * 2**30, peak=2 * planned))
-    report.epoch_done()
-    report.epoch_done()
+    plan = partial(planned_training_peak, [config])
+    report = PeakReport(gpu_of(24 * 2**30, peak=2 * planned), "a training step", plan)
+    report.done()
+    report.done()
     before, after = caplog.messages
     assert before.startswith("memory: planned peak 0.") and "does not fit" not in before
     assert "real peak" in after and "(0.50 of it)" in after
     caplog.clear()
-    PeakReport([config], gpu_of(2**30 + 2**20))
+    PeakReport(gpu_of(2**30 + 2**20), "a training step", plan)
     assert caplog.messages[0].endswith("it does not fit: tools/plan.py says what does")
+    caplog.clear()
+    PeakReport(CPU, "a training step", plan).done()
+    assert caplog.messages == []
+
+
+def test_the_planned_peak_of_a_test_is_that_of_the_plan():
+    tower = {**TOWER, "patch_size": 8, "depth": 8}  # a process gathers two blocks
+    config = with_values(small_config(), solver__precision="bf16", network__backbone_kwargs=tower)
+    assert planned_test_peak(config, 1) == make_plan(config, 1).test
+    sharded = with_values(config, network__shard_backbone=True)
+    assert planned_test_peak(sharded, 4) == make_plan(sharded, 4).test < planned_test_peak(config, 4)
 
 
 def test_an_open_recompute_is_off_where_the_planned_step_fits(gpu_of, caplog):
