@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine
+from benchmarks.timing import rounds_in_turns
 from modules.autograd import ThreeTaps
 from modules.cpu_attention import attention
 from modules.side_network import SideNetwork, TemporalConv
@@ -35,7 +36,7 @@ SIZES = {
 
 def compare(name: str, fast: Callable[[], torch.Tensor], textbook: Callable[[], torch.Tensor]) -> str:
     """Median seconds of forward and backward of both, run in turns, and the median of the ratios of each round."""
-    seconds = [(step(fast), step(textbook)) for _ in range(ROUNDS + 1)][1:]  # the first round warms up
+    seconds = rounds_in_turns([fast, textbook], ROUNDS, step)
     ours, theirs = (statistics.median(column) for column in zip(*seconds, strict=True))
     ratio = statistics.median(a / b for a, b in seconds)
     return f"{name}: fast {ours * 1e3:.1f} ms, textbook {theirs * 1e3:.1f} ms, ratio {ratio:.2f}"

@@ -9,8 +9,7 @@ without values (engine/dry_run.py). Writes benchmarks/results/many_runs.txt.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dotmap import DotMap
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import describe_machine, keep_lines
+from benchmarks.timing import processor_seconds, rounds_in_turns
 from engine.configuration import default_config
 from engine.dry_run import MemoryCount, dry_run
 from engine.loops import train_one_epoch
@@ -66,17 +66,6 @@ def step(runs: Sequence[Run]) -> None:
     train_one_epoch(runs, [blank_batch(runs[0].config)], 0)  # type: ignore[arg-type]  # a loader is iterated
 
 
-def seconds_in_turns(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each call in each round; the first round warms up and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            started = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - started)
-    return {name: values[1:] for name, values in seconds.items()}
-
-
 def measure_time(side_width: int, rounds: int) -> str:
     """One line: the step of several runs against the sum of its parts, and against as many steps of one run."""
     config, cpu = make_config("ViT-B/16", side_width), torch.device("cpu")
@@ -87,9 +76,8 @@ def measure_time(side_width: int, rounds: int) -> str:
         for _ in runs[0].model.backbone.layer_tokens(clips):
             pass
 
-    found = seconds_in_turns({"tower": tower, "one": lambda: step(runs[:1]), "all": lambda: step(runs)}, rounds)
-    rows = list(zip(found["tower"], found["one"], found["all"], strict=True))
-    middle = {name: statistics.median(values) for name, values in found.items()}
+    rows = rounds_in_turns([tower, lambda: step(runs[:1]), lambda: step(runs)], rounds, processor_seconds)
+    middle = dict(zip(("tower", "one", "all"), map(statistics.median, zip(*rows, strict=True)), strict=True))
     of_parts = statistics.median(all_ / (tower_ + RUNS * (one - tower_)) for tower_, one, all_ in rows)
     of_separate = statistics.median(all_ / (RUNS * one) for _, one, all_ in rows)
     return (

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.allocations import OperatorCount, measure_memory
 from benchmarks.machine import describe_machine
+from benchmarks.timing import processor_seconds, rounds_in_turns
 from modules.backbones import ARCHITECTURES, FrozenTower
 from modules.side_network import SideNetwork
 
@@ -104,23 +105,21 @@ class Timing(NamedTuple):
 
 def time_in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, Timing]:
     """Time every run `rounds` times, one after the other in each round."""
-    elapsed, processor = [], []
-    for _ in range(rounds + 1):
-        row = []
-        for run in runs.values():
-            started = time.perf_counter(), time.process_time()
-            run()
-            row.append((time.perf_counter() - started[0], time.process_time() - started[1]))
-        elapsed.append([seconds for seconds, _ in row])
-        processor.append([seconds for _, seconds in row])
-    elapsed, processor = elapsed[1:], processor[1:]  # the first round warms up, and compiles
+    rows = rounds_in_turns(runs.values(), rounds, both_seconds)
     return {
         name: Timing(
-            statistics.median(row[i] for row in elapsed),
-            *(statistics.median(row[i] / row[0] for row in rows) for rows in (elapsed, processor)),
+            statistics.median(row[i][0] for row in rows),
+            *(statistics.median(row[i][clock] / row[0][clock] for row in rows) for clock in (0, 1)),
         )
         for i, name in enumerate(runs)
     }
+
+
+def both_seconds(run: Callable[[], None]) -> tuple[float, float]:
+    """Elapsed seconds and processor seconds of one call."""
+    started = time.perf_counter()
+    processor = processor_seconds(run)
+    return time.perf_counter() - started, processor
 
 
 def timing_lines(timings: dict[str, Timing], clips: int = 1) -> list[str]:

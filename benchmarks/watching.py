@@ -11,14 +11,14 @@ Writes benchmarks/results/watching.txt.
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.machine import describe_machine
+from benchmarks.timing import processor_seconds, rounds_in_turns
 from engine.averaging import AveragedWeights
 from engine.configuration import default_config
 from engine.loops import clip_gradients
@@ -27,12 +27,6 @@ from modules import build_model
 
 RESULTS = Path("benchmarks/results/watching.txt")
 FRAMES, SIZE, CLASSES, SIDE_WIDTH = 8, 224, 174, 320
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    started = time.process_time()
-    call()
-    return time.process_time() - started
 
 
 def measure(arch: str, rounds: int) -> list[str]:
@@ -55,10 +49,10 @@ def measure(arch: str, rounds: int) -> list[str]:
             average.update(model.trained)
 
     ways = {"neither": (False, False), "the norm": (True, False), "norm and average": (True, True)}
-    rows = [[seconds_of(lambda way=way: step(*way)) for way in ways.values()] for _ in range(rounds + 1)][1:]
+    rows = rounds_in_turns([partial(step, *way) for way in ways.values()], rounds, processor_seconds)
     nn.functional.cross_entropy(model(clips), labels).backward()
     norm, averaging = (
-        statistics.median(seconds_of(call) for _ in range(20))
+        statistics.median(processor_seconds(call) for _ in range(20))
         for call in (lambda: clip_gradients(model.trained, None), lambda: average.update(model.trained))
     )
     whole = statistics.median(row[0] for row in rows)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from modules.autograd import FoldedNorm, cast_together, normalized
+from modules.autograd import ChannelSums, FoldedNorm, cast_together, normalized
 from modules.recompute import from_first_run, in_second_run
 from utils.distributed import all_reduce, get_world_size
 
@@ -79,19 +79,44 @@ def count_batch(norms: Iterable[TokenBatchNorm]) -> None:
 
 
 class TokenLayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of the tokens, also where autocast would compute and return float32.
-
-    Scale and shift are applied apart: a CPU's LayerNorm adds up their gradients in bfloat16, which is percents off.
-    """
+    """LayerNorm in the dtype of the tokens, also where autocast would compute and return float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., S) -> (..., S)."""
         weight, bias = cast_together([self.weight, self.bias], x.dtype)
-        return torch.addcmul(bias, normalized(x, self.eps), weight)
+        return NormAndAffine.apply(x, weight, bias, self.eps)
 
     def folded_into(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a Linear on `normalized` tokens that gives what `linear` gives after this norm."""
         return FoldedNorm.apply(linear.weight, linear.bias, self.weight, self.bias)
+
+
+class NormAndAffine(torch.autograd.Function):
+    """LayerNorm with scale and shift, whose gradients are sums in float32; only the input is saved.
+
+    PyTorch's own on a CPU adds them up in bfloat16, which is percents off.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """x (..., S), weight and bias (S), all of one dtype -> (..., S)."""
+        with torch.autocast(x.device.type, enabled=False):
+            y, mean, rstd = torch.ops.aten.native_layer_norm(x, [len(weight)], weight, bias, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        rows = normalized(x, ctx.eps).view(-1, len(weight))
+        grad_weight, grad_bias = ChannelSums(x)(grad.reshape(rows.shape), rows)
+        shape, none = [len(weight)], None
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad * weight, x, shape, mean, rstd, none, none, [True, False, False]
+        )
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
 
 
 class SyncedNorm(torch.autograd.Function):

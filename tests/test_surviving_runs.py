@@ -101,19 +101,21 @@ def test_a_run_killed_again_and_again_inside_its_epochs_equals_an_unbroken_one(c
     assert epoch_lines(tmp_path / "whole") == epoch_lines(tmp_path / "killed")
 
 
-def test_skipped_videos_of_an_epoch_are_counted_over_the_kill(config, tmp_path, kill_after, motion_root):
+@pytest.mark.parametrize("runs", [[], ["runs={slow: {solver.lr: 1e-4}, fast: {}}"]], ids=["one", "several"])
+def test_skipped_videos_of_an_epoch_are_counted_over_the_kill(config, tmp_path, kill_after, motion_root, runs):
     """One of the sixteen videos is missing; whenever the epoch is cut, its report names that video once."""
     listed = tmp_path / "train.txt"
     lines = (motion_root / "train.txt").read_text().splitlines()
     listed.write_text("\n".join(["missing 6 0", *lines[1:]]) + "\n")
-    overrides = [f"data.train_list={listed}", "data.on_error=skip", "data.batch_size=2", "solver.epochs=1"]
+    overrides = [f"data.train_list={listed}", "data.on_error=skip", "data.batch_size=2", "solver.epochs=1", *runs]
     for updates in range(1, 8):
         folder = tmp_path / str(updates)
+        arguments = ["--config", config, "--output", str(folder), EVERY_UPDATE, "resume=auto", *overrides]
         kill_after(updates)
         with pytest.raises(Killed):
-            train_run(config, folder, EVERY_UPDATE, "resume=auto", *overrides)
+            train_program.main(arguments)
         kill_after(math.inf)
-        train_run(config, folder, EVERY_UPDATE, "resume=auto", *overrides)
+        train_program.main(arguments)
         assert "epoch 0: 1 training videos could not be read" in (folder / "train.log").read_text()
 
 
