@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.allocations import NO_KERNEL, PRODUCTS, measure_memory
 from benchmarks.machine import describe_machine
-from benchmarks.traffic import SIDE_WIDTHS
+from benchmarks.shipped_models import SIDE_WIDTHS
 from engine.configuration import default_config
 from modules import build_model, cpu_attention
 

@@ -8,6 +8,9 @@ from dotmap import DotMap
 from engine.configuration import resolve_config
 from utils.config import load_config
 
+EVA_E = "EVA02-CLIP-bigE-14"
+SIDE_WIDTHS = {"ViT-B/32": 320, "ViT-B/16": 320, "ViT-L/14": 512, EVA_E: 576}  # of the paper's models
+
 
 def untrained_config(file: str, overrides: Sequence[str], device: torch.device) -> DotMap:
     """The resolved configuration of configs/k400/<file>.yaml for the device, with a random tower."""

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.allocations import NO_KERNEL, PRODUCTS
 from benchmarks.machine import describe_machine
+from benchmarks.shipped_models import SIDE_WIDTHS
 from engine.configuration import default_config
 from engine.dry_run import dry_run
 from engine.plan import CARDS, OVERWRITING, Work, planned_precision, resolve_for_gpu
@@ -28,10 +29,6 @@ from modules import build_model
 from utils.precision import Precision
 
 RESULTS = Path("benchmarks/results/traffic.txt")
-EVA_E = "EVA02-CLIP-bigE-14"
-SIDE_WIDTHS = {"ViT-B/16": 320, "ViT-L/14": 512, EVA_E: 576}
-
-
 aten = torch.ops.aten
 FACTORIES = {aten.new_zeros, aten.zeros_like, aten.ones_like, aten.new_full, aten.full_like}  # they read no tensor
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.allocations import OperatorCount, measure_memory
 from benchmarks.machine import describe_machine
+from benchmarks.shipped_models import EVA_E, SIDE_WIDTHS
 from benchmarks.timing import processor_seconds, rounds_in_turns
 from modules.backbones import ARCHITECTURES, FrozenTower
 from modules.side_network import SideNetwork
@@ -31,8 +32,6 @@ from textbook import textbook_of  # noqa: E402
 
 RESULTS = "benchmarks/results/training_step_{}.txt"
 FRAMES, SIZE, CROPS_AND_CLIPS = 8, 224, 3 * 4
-EVA_E = "EVA02-CLIP-bigE-14"
-SIDE_WIDTHS = {"ViT-B/32": 320, "ViT-B/16": 320, "ViT-L/14": 512, EVA_E: 576}
 EVA_BLOCKS = 4  # of 64, so that it fits into the memory of a small machine
 MIB = 2**20
 

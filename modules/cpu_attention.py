@@ -74,4 +74,4 @@ def _rounds(scores: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     """(heads, N, width), (heads, M, width) -> float32 (heads, N, M)."""
-    return torch.bmm(q.float(), k.float().mul_(q.shape[-1] ** -0.5).mT).softmax(-1)
+    return torch.bmm(q.float() * q.shape[-1] ** -0.5, k.float().mT).softmax(-1)
