@@ -2,11 +2,11 @@
 
     python -m benchmarks.plan_check
 
-Each real step runs in a process of its own, with random weights. The plan is compared with the peak of PyTorch's
-allocator: every tensor, by the memory events of torch.profiler. Two more processes ask the kernel how far the resident
-set grows from before the model is built. In the first, the C library gives freed tensors back at once. By default,
-glibc keeps those below a size that rises to 32 MiB in its heap, which the second one shows for one configuration.
-Writes benchmarks/results/plan_check.txt.
+Each real step runs in a process of its own, with random weights. The plan is compared with the model and the peak of
+PyTorch's allocator beyond it: every tensor, by the memory events of torch.profiler. Two more processes ask the kernel
+how far the resident set grows from before the model is built. In the first, the C library gives freed tensors back at
+once. By default, glibc keeps those below a size that rises to 32 MiB in its heap, which the second one shows for one
+configuration. Writes benchmarks/results/plan_check.txt.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from engine.plan import (
     update_once,
 )
 from modules import build_model
+from modules.side4video import Side4Video
 
 RESULT = Path("benchmarks/results/plan_check.txt")
 TOLERANCE = 0.1
@@ -66,19 +67,25 @@ def configuration(name: str) -> DotMap:
     return untrained_config(file, [*overrides, "test.view_batch=4"], CPU)
 
 
-def training(config: DotMap) -> None:
-    """An update from a new model, as the plan rehearses it."""
-    model = build_model(config)
+def training(config: DotMap, model: Side4Video) -> None:
+    """An update of a new model, as the plan rehearses it."""
     optimizer = start_optimizer(model, config)
     update_once(model, optimizer, training_batches(config), config, planned_precision(config, CPU))
 
 
-def scoring(config: DotMap) -> None:
-    """A test of one video with a new model."""
-    score_once(build_model(config), test_batch(config), config, planned_precision(config, CPU))
+def scoring(config: DotMap, model: Side4Video) -> None:
+    """A test of one video."""
+    score_once(model, test_batch(config), config, planned_precision(config, CPU))
 
 
-STEPS: dict[str, Callable[[DotMap], None]] = {"training": training, "test": scoring}
+STEPS: dict[str, Callable[[DotMap, Side4Video], None]] = {"training": training, "test": scoring}
+
+
+def peak_of(step: Callable[[DotMap, Side4Video], None], config: DotMap) -> int:
+    """Bytes of a new model, and of the peak of a step beyond it. What drawing its weights took has been freed."""
+    model = build_model(config)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return held + measure_memory(lambda: step(config, model), CPU)[1]
 
 
 def resident(field: str) -> int:
@@ -91,9 +98,9 @@ def measure(name: str, step: str, instrument: str) -> int:
     """Bytes at the peak of a step; run it in a process that has done nothing else."""
     config = configuration(name)
     if instrument == "allocator":
-        return measure_memory(lambda: STEPS[step](config), CPU)[1]
+        return peak_of(STEPS[step], config)
     before = resident("VmRSS")
-    STEPS[step](config)
+    STEPS[step](config, build_model(config))
     return resident("VmHWM") - before
 
 

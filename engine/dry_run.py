@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from datasets.transforms import per_channel
 from engine import device_copy
+from utils.errors import ConfigError
 
 BLOCK = {"cuda": 512, "cpu": 1}  # bytes that the device's allocator rounds every tensor up to
 
@@ -78,7 +79,14 @@ def dry_run(device_type: str) -> Iterator[MemoryCount]:
     """Inside, tensors have no values, `cuda` needs no GPU, and the tensors of the device type are counted.
 
     The backward pass is walked by `walk_graph`, because autograd's engine refuses tensors of a GPU that is not there.
+
+    Raises:
+        ConfigError: this PyTorch asks a driver about tensors without values, and there is none.
     """
+    if device_type == "cuda" and not runs_without_gpu():
+        raise ConfigError(
+            f"torch {torch.__version__} cannot plan for a GPU on a machine without one; take a newer one (2.14 can)"
+        )
     count = MemoryCount(device_type)
     with ExitStack() as stack:
         stack.callback(per_channel.cache_clear)  # it would hand fake tensors to a real run, and the other way round
@@ -91,6 +99,15 @@ def dry_run(device_type: str) -> Iterator[MemoryCount]:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(count)
         yield count
+
+
+def runs_without_gpu() -> bool:
+    """Whether tensors without values can be on a GPU here."""
+    try:
+        with FakeTensorMode():
+            return torch.zeros(2, device="cuda")[0].device.type == "cuda"
+    except RuntimeError:
+        return False
 
 
 def fused_attention(

@@ -12,12 +12,11 @@ import torch
 from tiny import CPU, TOWER, make_inputs, make_side
 from torch.nn import functional as F
 
-from benchmarks.allocations import measure_memory
 from benchmarks.many_runs import counted_runs
-from benchmarks.plan_check import scoring, training
+from benchmarks.plan_check import peak_of, scoring, training
 from engine import loops
 from engine.configuration import default_config
-from engine.dry_run import MemoryCount, dry_run, walked_backward
+from engine.dry_run import MemoryCount, dry_run, runs_without_gpu, walked_backward
 from engine.loops import train_one_epoch
 from engine.memory import PeakReport, advise_batch, advise_views, settle_recompute
 from engine.plan import (
@@ -39,6 +38,7 @@ from modules import build_model
 from tools import plan as plan_program
 from utils.errors import ConfigError
 
+on_a_planned_gpu = pytest.mark.skipif(not runs_without_gpu(), reason="this PyTorch plans for a GPU only where one is")
 CONFIGS = sorted(path for path in Path("configs").rglob("*.yaml") if path.name != "base.yaml")
 TOWERS = {"pre": "ViT-B/16", "post": "EVA02-CLIP-L-14"}
 
@@ -109,9 +109,9 @@ def test_planned_peaks_are_those_of_the_allocator(variant, solver):
     with rehearsing(config, "cpu") as rehearsal:
         step = rehearsal.train(config.data.batch_size, config.solver.recompute)
         test = rehearsal.test(config.test.view_batch)
-    training(config)  # what PyTorch allocates once, at the first call, is no part of a step
-    assert step.peak == pytest.approx(measure_memory(lambda: training(config), CPU)[1], rel=0.05)
-    assert test == pytest.approx(measure_memory(lambda: scoring(config), CPU)[1], rel=0.05)
+    training(config, build_model(config))  # what PyTorch allocates once, at the first call, is no part of a step
+    assert step.peak == pytest.approx(peak_of(training, config), rel=0.05)
+    assert test == pytest.approx(peak_of(scoring, config), rel=0.05)
 
 
 def test_a_rehearsal_gives_every_batch_the_same_peak_whatever_ran_before():
@@ -129,7 +129,7 @@ def test_a_dry_run_leaves_nothing_behind():
     config = small_config()
     with rehearsing(config, "cpu") as rehearsal:
         rehearsal.train(4, True)
-    training(config)  # with real tensors, from the same process
+    training(config, build_model(config))  # with real tensors, from the same process
     x = torch.ones(2, requires_grad=True)
     (x * 2).sum().backward()
     assert x.grad.tolist() == [2, 2] and type(torch.zeros(1)) is torch.Tensor
@@ -138,6 +138,7 @@ def test_a_dry_run_leaves_nothing_behind():
 # ---------------------------------------------------------------- CUDA's rules without a GPU
 
 
+@on_a_planned_gpu
 def test_a_gpu_that_is_not_there_casts_by_cudas_rules_and_fuses_attention():
     with dry_run("cuda"), torch.autocast("cuda", dtype=torch.bfloat16):
         x = torch.zeros(2, 3, 5, 8, device="cuda")
@@ -148,6 +149,7 @@ def test_a_gpu_that_is_not_there_casts_by_cudas_rules_and_fuses_attention():
     assert sum(times for (operations, *_), times in work.steps.items() if operations) == 1
 
 
+@on_a_planned_gpu
 def test_recomputing_keeps_less_and_half_types_keep_half():
     kept = {}
     for precision in ("bf16", "fp32"):
@@ -172,6 +174,7 @@ def test_operators_are_counted_with_their_bytes_and_products():
     assert work.seconds(card, tf32=False) > 0
 
 
+@on_a_planned_gpu
 def test_the_largest_tower_needs_less_than_18_gb_at_8_clips_of_8_frames():
     config = plan_program.planned_config("configs/k400/eva_e14.yaml", ["data.batch_size=8"])
     assert config.data.num_segments == 8
@@ -208,6 +211,7 @@ def test_a_batch_stays_if_it_can_and_accumulates_if_it_cannot():
     assert choose_batch(with_values(alone, solver__sync_bn=True), 8, 8, {True: 9, False: 9}) == (False, 1, 1)
 
 
+@on_a_planned_gpu
 def test_sharding_takes_all_but_a_share_and_two_blocks_off():
     config = with_values(small_config(), network__shard_backbone=True)
     with rehearsing(config) as rehearsal:
@@ -220,6 +224,7 @@ def test_sharding_takes_all_but_a_share_and_two_blocks_off():
     assert memory.process_peak(config, 4) == memory.peak + memory.gradients - memory.saved_by_sharding(config, 4)
 
 
+@on_a_planned_gpu
 def test_a_plan_on_a_gpu_that_is_large_enough_fits_and_its_largest_batch_does_too():
     config = with_values(small_config(), solver__precision="bf16")
     plan = make_plan(config, gpus=2, gpu_memory=2e9, total=16, videos=100)
@@ -239,6 +244,7 @@ def test_a_plan_on_a_gpu_that_is_large_enough_fits_and_its_largest_batch_does_to
 # ---------------------------------------------------------------- the program
 
 
+@on_a_planned_gpu
 def test_the_program_prints_each_part(config, capsys):
     plan_program.main([config, "--gpu", "24GB", "--gpus", "2", "data.batch_size=2"])
     lines = capsys.readouterr().out.splitlines()
@@ -279,6 +285,7 @@ def gpu_of(monkeypatch):
     return put
 
 
+@on_a_planned_gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_peak_of_several_runs_is_planned_from_each_alone(monkeypatch, number, accumulation):
@@ -292,6 +299,7 @@ def test_the_peak_of_several_runs_is_planned_from_each_alone(monkeypatch, number
     assert planned_training_peak([config] * number, 1) == pytest.approx(counted, rel=0.05)
 
 
+@on_a_planned_gpu
 def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     caplog.set_level(logging.INFO)
     config = with_values(small_config(), solver__precision="bf16")
@@ -311,6 +319,7 @@ def test_a_run_on_a_gpu_logs_planned_and_real_peak_once(gpu_of, caplog):
     assert caplog.messages == []
 
 
+@on_a_planned_gpu
 def test_the_planned_peak_of_a_test_is_that_of_the_plan():
     tower = {**TOWER, "patch_size": 8, "depth": 8}  # a process gathers two blocks
     config = with_values(small_config(), solver__precision="bf16", network__backbone_kwargs=tower)
@@ -319,6 +328,7 @@ def test_the_planned_peak_of_a_test_is_that_of_the_plan():
     assert planned_test_peak(sharded, 4) == make_plan(sharded, 4).test < planned_test_peak(config, 4)
 
 
+@on_a_planned_gpu
 def test_an_open_recompute_is_off_where_the_planned_step_fits(gpu_of, caplog):
     caplog.set_level(logging.INFO)
     config = small_config(precision="bf16", recompute="auto")
@@ -342,6 +352,7 @@ def test_an_open_recompute_is_off_where_the_planned_step_fits(gpu_of, caplog):
     assert [own.solver.recompute for own in settle_recompute([config], gpu_of(2**30 + 2**20))] == [True]
 
 
+@on_a_planned_gpu
 def test_the_plan_of_a_file_settles_an_open_recompute(config, capsys):
     for size, expected in (("24GB", False), ("1.074GB", True)):
         plan_program.main([config, "--gpu", size, "--gpus", "1", "solver.recompute=auto"])
@@ -353,6 +364,7 @@ def test_the_plan_of_a_file_settles_an_open_recompute(config, capsys):
     assert "auto becomes True" in capsys.readouterr().out
 
 
+@on_a_planned_gpu
 def test_out_of_memory_is_answered_with_the_batch_of_the_plan(gpu_of):
     config = with_values(small_config(), solver__precision="bf16", data__batch_size=64)
     with rehearsing(config) as rehearsal:
