@@ -17,6 +17,7 @@ from engine.optim import scaled_lr
 from engine.run import Run
 from engine.software import git_commit
 from modules.backbones import FrozenTower
+from modules.cpu_attention import runs_in_rounds
 from modules.side4video import Side4Video
 from modules.side_network import HEAD_WIDTH, SideNetwork
 from utils.distributed import get_world_size
@@ -94,10 +95,13 @@ def _scaling(config: DotMap, world: int) -> str:
 def describe_products(model: Side4Video, precision: Precision) -> str:
     """How products and attention are computed; `model` is on its device."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
+    side = _attention(model.backbone, precision.dtype, HEAD_WIDTH)
+    if runs_in_rounds(precision.device, precision.dtype):
+        side = "batched products"
     return (
         f"products: tower in {dtype}, side network in {precision.name}; {describe_switches()}; "
         f"attention: tower {_attention(model.backbone, model.backbone.dtype)}, "
-        f"side network {_attention(model.backbone, precision.dtype, HEAD_WIDTH)}"
+        f"side network {side}"
     )
 
 

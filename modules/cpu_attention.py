@@ -25,12 +25,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # it must not see a question about the CPU, which would break its graph
         return F.scaled_dot_product_attention(query, key, value)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and _has_units():
+    if runs_in_rounds(query.device, query.dtype):
         return RoundsOfHeads.apply(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
 
 _has_units = cache(has_bfloat16_units)
+
+
+def runs_in_rounds(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attention` is that of RoundsOfHeads, where nothing is compiled."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and _has_units()
 
 
 class RoundsOfHeads(torch.autograd.Function):

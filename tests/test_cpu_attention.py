@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modules import cpu_attention
+from engine.configuration import default_config
+from engine.summary import describe_products
+from modules import build_model, cpu_attention
 from modules.cpu_attention import RoundsOfHeads, attention
+from utils.precision import Precision
 
 SHAPES = [(3, 5, 196, 197), (1, 1, 7, 5), (2, 12, 49, 50)]  # frames, heads, queries, keys
 
@@ -63,3 +66,10 @@ def test_it_runs_where_the_cpu_has_units_for_it(monkeypatch, units, dtype, round
     monkeypatch.setattr(RoundsOfHeads, "apply", lambda *inputs: calls.append(inputs))
     attention(*[torch.randn(1, 1, 4, 64, dtype=getattr(torch, dtype)) for _ in range(3)])
     assert len(calls) == rounds
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_log_names_the_kernel(monkeypatch, units):
+    monkeypatch.setattr(cpu_attention, "_has_units", lambda: units)
+    line = describe_products(build_model(default_config()), Precision("bf16", torch.device("cpu")))
+    assert line.endswith("side network batched products") == units
