@@ -177,7 +177,7 @@ def test(
     }
     tower_sha256 = tower_hash_of(model, checkpoint, weights) if certified else ""
     model.place(device, config.network.shard_backbone, config.solver.compile)
-    for line in (*describe_model(config, model), describe_products(model, precision)):
+    for line in (*describe_model(config, model), describe_products(model, precision, config.solver.compile)):
         log.info(line)
 
     data = config.data

@@ -65,7 +65,7 @@ def describe_run(run: Run, train_loader: VideoLoader, val_loader: VideoLoader) -
         f"files: {folder}: checkpoints each epoch"
         f"{f' and every {config.logging.save_minutes:g} minutes' if config.logging.save_minutes else ''}, the newest "
         f"{config.logging.keep} and the best stay; numbers in metrics.jsonl; curves: tensorboard --logdir {folder}",
-        describe_products(model, precision),
+        describe_products(model, precision, solver.compile),
     ]
 
 
@@ -92,11 +92,11 @@ def _scaling(config: DotMap, world: int) -> str:
     return f"becomes {scaled_lr(config, world):g}, as it is meant for {config.solver.lr_batch} videos an update"
 
 
-def describe_products(model: Side4Video, precision: Precision) -> str:
-    """How products and attention are computed; `model` is on its device."""
+def describe_products(model: Side4Video, precision: Precision, compiled: bool) -> str:
+    """How products and attention are computed; `model` is on its device, and compiled or not."""
     dtype = str(model.backbone.dtype).removeprefix("torch.")
     side = _attention(model.backbone, precision.dtype, HEAD_WIDTH)
-    if runs_in_rounds(precision.device, precision.dtype):
+    if not compiled and runs_in_rounds(precision.device, precision.dtype):
         side = "batched products"
     return (
         f"products: tower in {dtype}, side network in {precision.name}; {describe_switches()}; "

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from utils.precision import has_bfloat16_units
 
-# Scores of one round. In float32 they take about 1 MB, so they are still in the cache when the next step reads them.
+# Scores of one round, 1.3 MB in float32. Half and five times as many were as fast; more only take more memory.
 ROUND = 320_000
 
 

@@ -71,5 +71,6 @@ def test_it_runs_where_the_cpu_has_units_for_it(monkeypatch, units, dtype, round
 @pytest.mark.parametrize("units", [True, False])
 def test_the_log_names_the_kernel(monkeypatch, units):
     monkeypatch.setattr(cpu_attention, "_has_units", lambda: units)
-    line = describe_products(build_model(default_config()), Precision("bf16", torch.device("cpu")))
-    assert line.endswith("side network batched products") == units
+    model, precision = build_model(default_config()), Precision("bf16", torch.device("cpu"))
+    assert describe_products(model, precision, False).endswith("side network batched products") == units
+    assert not describe_products(model, precision, True).endswith("side network batched products")
